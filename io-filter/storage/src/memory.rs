@@ -80,6 +80,8 @@ struct Unreadable {
     file: usize,
     range: ByteRange,
     errno: i32,
+    /// Reads that fail still.
+    times: u64,
 }
 
 /// How many operations a storage has done: where a test can put the next fault.
@@ -236,9 +238,17 @@ impl MemoryStorage {
     /// # Panics
     /// When there is no such file: the test names the wrong one.
     pub fn fail_reads(&self, path: &Path, range: ByteRange, errno: i32) {
+        self.fail_reads_times(path, range, errno, u64::MAX);
+    }
+
+    /// The same for so many reads, as of a device that is away for a moment.
+    ///
+    /// # Panics
+    /// When there is no such file: the test names the wrong one.
+    pub fn fail_reads_times(&self, path: &Path, range: ByteRange, errno: i32, times: u64) {
         let mut world = self.world();
         let file = world.names.find(path).expect("the file to damage exists");
-        world.unreadable = Some(Unreadable { file, range, errno });
+        world.unreadable = Some(Unreadable { file, range, errno, times });
     }
 
     /// All files, as they are visible now, for a test to look at or copy.
@@ -270,10 +280,12 @@ impl World {
     }
 
     /// What a read of `length` bytes of a file meets when a bad sector is among them.
-    fn bad_sector(&self, file: usize, offset: ByteOffset, length: usize) -> Option<io::Error> {
+    fn bad_sector(&mut self, file: usize, offset: ByteOffset, length: usize) -> Option<io::Error> {
         let read = ByteRange::between(offset, ByteOffset(offset.0 + length as u64));
         let met = |bad: &Unreadable| bad.file == file && bad.range.intersection(read).is_some();
-        self.unreadable.filter(met).map(|bad| io::Error::from_raw_os_error(bad.errno))
+        let bad = self.unreadable.as_mut().filter(|bad| met(bad))?;
+        bad.times = bad.times.checked_sub(1)?;
+        Some(io::Error::from_raw_os_error(bad.errno))
     }
 
     /// A sector that is written whole can be read again.

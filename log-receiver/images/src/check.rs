@@ -45,6 +45,10 @@ pub struct Losses {
     more: u64,
     /// Packs that were opened for this: one that somebody had open tells nothing of its table.
     opened: BTreeSet<u32>,
+    /// Places of chunks that were taken.
+    before: RoaringTreemap,
+    /// Whether some were not remembered then.
+    more_before: bool,
 }
 
 impl LostChunk {
@@ -75,6 +79,14 @@ impl Losses {
         self.chunks.is_empty() && self.tables.is_empty() && self.other.is_empty() && self.more == 0
     }
 
+    /// Takes out what was found; checks can go on.
+    pub fn take(&mut self) -> Self {
+        let mut before = self.before.clone();
+        before.extend(self.chunks.keys().copied());
+        let more_before = self.more_before || self.more > 0;
+        std::mem::replace(self, Self { before, more_before, ..Self::default() })
+    }
+
     /// What was found, a sentence each.
     pub fn sentences(&self) -> impl Iterator<Item = &str> {
         let chunks = self.chunks.values().map(LostChunk::what);
@@ -89,6 +101,12 @@ impl Losses {
     /// Chunks that were found beyond those that are remembered.
     pub fn more(&self) -> u64 {
         self.more
+    }
+
+    /// Whether the checks that filled `seen` too have read all of the chunk at a place. Not known when losses are not remembered.
+    pub(crate) fn is_whole(&self, place: u64, seen: &RoaringTreemap) -> bool {
+        let all_known = self.more == 0 && !self.more_before;
+        all_known && seen.contains(place) && !self.chunks.contains_key(&place) && !self.before.contains(place)
     }
 
     fn lose(&mut self, name: &ChunkRef, level: u8, place: Option<(usize, ByteRange)>, what: String) {

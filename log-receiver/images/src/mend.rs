@@ -18,6 +18,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use backtide_units::ByteCount;
 use bytes::Bytes;
+use roaring::RoaringTreemap;
 
 use crate::{
     CHUNK_BYTES, ImageError, Images, Losses, LostChunk,
@@ -66,6 +67,9 @@ pub struct Left {
 /// Chunks to be put into a pack, by ordinal: header and what is stored.
 type Found = BTreeMap<u32, (ChunkHeader, Vec<u8>)>;
 
+/// Whether the chunk of a pack with this ordinal was found whole by the check.
+type Whole<'a> = &'a dyn Fn(u32) -> bool;
+
 /// Why what was found of a pack was not put back.
 #[derive(Default)]
 struct Why {
@@ -110,12 +114,18 @@ impl Pace<'_> {
 }
 
 impl Images {
-    /// Mends what checks found, as far as it can be. `find` is asked for data that no pack has any more, `step` for each chunk
-    /// and each MiB.
+    /// Mends what checks found, as far as it can be; `seen` is what they have read, of which a mend loses nothing. `find` is asked
+    /// for data that no pack has any more, `step` for each chunk and each MiB.
     ///
     /// # Errors
     /// The file system's, of listing packs. What cannot be read or written stays as it is, and says so.
-    pub fn mend(&self, losses: &Losses, find: FindChunk<'_>, step: Step<'_>) -> Result<Mended, ImageError> {
+    pub fn mend(
+        &self,
+        losses: &Losses,
+        seen: &RoaringTreemap,
+        find: FindChunk<'_>,
+        step: Step<'_>,
+    ) -> Result<Mended, ImageError> {
         let mut pace = Pace { step, untold: ByteCount::ZERO, called_off: false };
         let mut mended = Mended::default();
         let copies = self.copies(losses, &mut pace)?;
@@ -129,8 +139,10 @@ impl Images {
         let mut encoder = Encoder::new()?;
         for (number, lost) in packs {
             let table = losses.tables.get(&number);
-            let why =
-                self.mend_pack(number, (&lost, table.is_some()), (&copies, find), &mut encoder, &mut pace);
+            let whole =
+                |ordinal| losses.is_whole(ChunkRef { hash: [0; 32], pack: number, ordinal }.place(), seen);
+            let lost_of_it = (&lost[..], table.is_some());
+            let why = self.mend_pack(number, lost_of_it, (&copies, find), &whole, &mut encoder, &mut pace);
             self.tell(number, &lost, table, &why, &mut pace, &mut mended);
         }
         mended.called_off = pace.called_off;
@@ -143,6 +155,7 @@ impl Images {
         number: u32,
         (lost, table): (&[&LostChunk], bool),
         (copies, find): (&Copies, FindChunk<'_>),
+        whole: Whole<'_>,
         encoder: &mut Encoder,
         pace: &mut Pace<'_>,
     ) -> Why {
@@ -161,12 +174,12 @@ impl Images {
             bytes += stored.len();
             found.insert(lost.name.ordinal, (header, stored.into_owned()));
             if bytes >= FOUND_BYTES_MAX {
-                self.put_back(number, std::mem::take(&mut found), pace, &mut why);
+                self.put_back(number, std::mem::take(&mut found), whole, pace, &mut why);
                 (bytes, tried) = (0, true);
             }
         }
         if !pace.called_off && (!found.is_empty() || (table && !tried)) {
-            self.put_back(number, found, pace, &mut why);
+            self.put_back(number, found, whole, pace, &mut why);
         }
         why
     }

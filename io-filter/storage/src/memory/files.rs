@@ -41,7 +41,7 @@ fn fitting(space: u64, free: u64, offset: u64, bytes: usize) -> usize {
 
 impl StorageFile for MemoryFile {
     fn read_at(&self, offset: ByteOffset, buffer: &mut [u8]) -> io::Result<usize> {
-        let world = self.world()?;
+        let mut world = self.world()?;
         if let Some(error) = world.bad_sector(self.file, offset, buffer.len()) {
             return Err(error);
         }

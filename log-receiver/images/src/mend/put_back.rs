@@ -2,9 +2,9 @@
 
 use std::{collections::BTreeSet, error::Error as _, path::Path};
 
-use backtide_units::ByteCount;
+use backtide_units::{ByteCount, ByteRange};
 
-use super::{Found, Pace, Why};
+use super::{Found, Pace, Whole, Why};
 use crate::{
     ImageError, Images,
     chunk::Kind,
@@ -46,13 +46,22 @@ impl Before {
 
 impl Images {
     /// Writes a pack anew with these chunks, but for those in whose place it has another; says why, unless it was called off.
-    pub(super) fn put_back(&self, number: u32, found: Found, pace: &mut Pace<'_>, why: &mut Why) {
+    /// Of `whole` chunks nothing may be lost by it.
+    pub(super) fn put_back(
+        &self,
+        number: u32,
+        found: Found,
+        whole: Whole<'_>,
+        pace: &mut Pace<'_>,
+        why: &mut Why,
+    ) {
         let _alone = lock(&self.shared.rewriting);
         let Some(_number) = self.shared.numbers.mend(number) else {
             why.all = Some("the pack is being written".to_owned());
             return;
         };
-        let tried = self.remove_leftovers().and_then(|_| self.replace(number, found, pace, &mut why.taken));
+        let tried = self.remove_leftovers();
+        let tried = tried.and_then(|_| self.replace(number, found, whole, pace, &mut why.taken));
         match tried {
             Ok(Replaced::Done) => return,
             Ok(Replaced::CalledOff) => {}
@@ -70,6 +79,7 @@ impl Images {
         &self,
         number: u32,
         mut found: Found,
+        whole: Whole<'_>,
         pace: &mut Pace<'_>,
         taken: &mut BTreeSet<u32>,
     ) -> Result<Replaced, ImageError> {
@@ -87,9 +97,10 @@ impl Images {
         if let Some(why) = self.no_room(&before, found)? {
             return Ok(Replaced::Cannot(why));
         }
-        if !self.write_beside(number, &before, found, pace)? {
-            return Ok(Replaced::CalledOff);
-        }
+        let unread = match self.write_beside(number, &before, found, whole, pace)? {
+            Ok(unread) => unread,
+            Err(not_written) => return Ok(not_written),
+        };
         let storage = &self.shared.storage;
         let name = self.name_of(number);
         let fail = |source| failed(format!("write {}", name.display()), source);
@@ -106,6 +117,14 @@ impl Images {
         }
         if !pace.ask(ByteCount::ZERO) {
             return Ok(Replaced::CalledOff);
+        }
+        // What the device fails to read for a moment is not lost.
+        if let Some(old) = &before.pack
+            && old.any_can_be_read(&unread)?
+        {
+            return Ok(Replaced::Cannot(
+                "a place of the pack that could not be read can be read again".to_owned(),
+            ));
         }
         storage.rename(&beside, &path_of(number)).map_err(fail)?;
         self.forget_pack(number);
@@ -158,39 +177,49 @@ impl Images {
         Ok((free.0 < needed.saturating_add(reserve.0)).then(why))
     }
 
-    /// Writes all of the pack beside it, durably but for its name; false when it was called off.
+    /// Writes all of the pack beside it, durably but for its name; gives the places of the old one for which it has zeroes.
     fn write_beside(
         &self,
         number: u32,
         before: &Before,
         found: &Found,
+        whole: Whole<'_>,
         pace: &mut Pace<'_>,
-    ) -> Result<bool, ImageError> {
+    ) -> Result<Result<Vec<ByteRange>, Replaced>, ImageError> {
         let name = self.name_of(number);
         let file = self.shared.storage.create_new(&path_of(number).with_extension("new"));
         let file = file.map_err(|source| failed(format!("write {}", name.display()), source))?;
         let mut writer = PackWriter::new(file, name, number);
         let mut new = found.iter().peekable();
+        let mut unread = Vec::new();
         for (line, length) in &before.kept {
             while let Some((_, (header, stored))) = new.next_if(|(ordinal, _)| **ordinal < line.ordinal) {
                 writer.append(header, stored)?;
             }
             match (new.next_if(|(ordinal, _)| **ordinal == line.ordinal), &before.pack) {
                 (Some((_, (header, stored))), _) => writer.append(header, stored)?,
-                (None, Some(old)) => writer.append_as_it_is(line, &old.as_it_is(line, *length)?)?,
+                (None, Some(old)) => {
+                    let known = unread.len();
+                    let bytes = old.as_it_is(line, *length, &mut unread)?;
+                    if unread.len() > known && whole(line.ordinal) {
+                        let why = "a chunk of the pack that was whole cannot be read now";
+                        return Ok(Err(Replaced::Cannot(why.to_owned())));
+                    }
+                    writer.append_as_it_is(line, &bytes)?;
+                }
                 (None, None) => unreachable!("lines are of an old pack"),
             }
             if !pace.count(ByteCount(*length)) {
-                return Ok(false);
+                return Ok(Err(Replaced::CalledOff));
             }
         }
         for (_, (header, stored)) in new {
             writer.append(header, stored)?;
             if !pace.count(ByteCount(header.whole())) {
-                return Ok(false);
+                return Ok(Err(Replaced::CalledOff));
             }
         }
         writer.finish()?;
-        Ok(true)
+        Ok(Ok(unread))
     }
 }

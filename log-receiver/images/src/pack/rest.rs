@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use backtide_storage::is_unreadable_place;
-use backtide_units::ByteOffset;
+use backtide_units::{ByteCount, ByteOffset, ByteRange};
 
 use super::{Line, Pack, encode_footer};
 use crate::{
@@ -25,32 +25,60 @@ impl Pack {
         self.lines.iter().zip(ends).map(length).collect()
     }
 
-    /// The bytes of a chunk as they stand there, and zeroes where the device cannot read them, by which the chunk is damaged as before.
-    pub(crate) fn as_it_is(&self, line: &Line, length: u64) -> Result<Vec<u8>, ImageError> {
+    /// The bytes of a chunk as they stand there, and zeroes where the device cannot read them, by which the chunk is damaged as
+    /// before: those places go to `unread`.
+    pub(crate) fn as_it_is(
+        &self,
+        line: &Line,
+        length: u64,
+        unread: &mut Vec<ByteRange>,
+    ) -> Result<Vec<u8>, ImageError> {
         let mut bytes = vec![0; usize::try_from(length).expect("a pack is far below 4 GiB")];
         let start = u64::from(line.offset);
         match self.file.read_exact_at(ByteOffset(start), &mut bytes) {
             Ok(()) => {}
-            Err(error) if is_unreadable_place(&error) => self.read_by_pages(start, &mut bytes)?,
+            Err(error) if is_unreadable_place(&error) => self.read_by_pages(start, &mut bytes, unread)?,
             Err(error) => return Err(self.unread(start, error)),
         }
         Ok(bytes)
     }
 
     /// One bad sector takes its page and no more.
-    fn read_by_pages(&self, start: u64, mut bytes: &mut [u8]) -> Result<(), ImageError> {
+    fn read_by_pages(
+        &self,
+        start: u64,
+        mut bytes: &mut [u8],
+        unread: &mut Vec<ByteRange>,
+    ) -> Result<(), ImageError> {
         let mut at = start;
         while !bytes.is_empty() {
             let length = bytes.len().min((PAGE - at % PAGE) as usize);
             let (page, rest) = bytes.split_at_mut(length);
             match self.file.read_exact_at(ByteOffset(at), page) {
                 Ok(()) => {}
-                Err(error) if is_unreadable_place(&error) => page.fill(0),
+                Err(error) if is_unreadable_place(&error) => {
+                    page.fill(0);
+                    unread.push(ByteRange::between(ByteOffset(at), ByteOffset(at + length as u64)));
+                }
                 Err(error) => return Err(self.unread(at, error)),
             }
             (at, bytes) = (at + length as u64, rest);
         }
         Ok(())
+    }
+
+    /// Whether the device can read one of these places after all.
+    pub(crate) fn any_can_be_read(&self, unread: &[ByteRange]) -> Result<bool, ImageError> {
+        for place in unread {
+            let ByteCount(length) = place.count();
+            let mut page = vec![0; usize::try_from(length).expect("it is a page at the most")];
+            match self.file.read_exact_at(place.start(), &mut page) {
+                Ok(()) => return Ok(true),
+                Err(error) if is_unreadable_place(&error) => {}
+                Err(error) => return Err(self.unread(place.start().0, error)),
+            }
+        }
+        Ok(false)
     }
 
     /// Whether its lines are all it has: a table that is damaged may have named chunks behind one whose header is damaged

@@ -144,17 +144,17 @@ pub(crate) fn assert_reads(image: &Image, expected: &[u8], random: &mut Random) 
     }
 }
 
-/// What a check of an image finds.
-pub(crate) fn losses(images: &Images, root: Root) -> Losses {
+/// What a check of an image finds, and what it has read.
+pub(crate) fn checked(images: &Images, root: Root) -> (Losses, RoaringTreemap) {
     let (mut losses, mut seen) = (Losses::default(), RoaringTreemap::new());
     let whole = images.image(root).check(0, &mut seen, &mut losses, &mut |_| true);
     assert!(whole.expect("no failure"));
-    losses
+    (losses, seen)
 }
 
 /// The same in sentences.
 pub(crate) fn check(images: &Images, root: Root) -> Vec<String> {
-    losses(images, root).sentences().map(str::to_owned).collect()
+    checked(images, root).0.sentences().map(str::to_owned).collect()
 }
 
 /// Cuts the power at each operation of `act`, on a store with two images of which the first is to stay.

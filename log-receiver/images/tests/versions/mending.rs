@@ -5,16 +5,25 @@ use std::{
     sync::Arc,
 };
 
-use backtide_images::{Images, ImagesLimits, Mended, Root};
+use backtide_images::{Images, ImagesLimits, Losses, Mended, Root};
 use backtide_storage::{MemoryStorage, Storage};
 use backtide_units::{ByteCount, ByteOffset, ByteRange};
 use bytes::Bytes;
+use roaring::RoaringTreemap;
 
 use crate::common::*;
 
 /// Mends what a check of `root` finds; `disk` is what the disk has.
 pub(crate) fn mend(images: &Images, root: Root, disk: Option<&[u8]>) -> Mended {
-    let losses = losses(images, root);
+    mend_checked(images, &checked(images, root), disk)
+}
+
+/// Mends what such a check has found.
+pub(crate) fn mend_checked(
+    images: &Images,
+    (losses, seen): &(Losses, RoaringTreemap),
+    disk: Option<&[u8]>,
+) -> Mended {
     let find = &mut |lost: &backtide_images::LostChunk, is_wanted: &dyn Fn(&[u8]) -> bool| {
         let (_, range) = lost.places()[0];
         let disk = disk?;
@@ -23,7 +32,7 @@ pub(crate) fn mend(images: &Images, root: Root, disk: Option<&[u8]>) -> Mended {
         chunk.resize(CHUNK, 0);
         is_wanted(&chunk).then(|| Bytes::from(chunk))
     };
-    images.mend(&losses, find, &mut |_| true).expect("no failure")
+    images.mend(losses, seen, find, &mut |_| true).expect("no failure")
 }
 
 /// A disk of which nothing compresses, and its image.
@@ -273,7 +282,7 @@ fn a_mend_that_is_called_off_anywhere_leaves_the_old_pack_or_the_new_one_and_not
         storage.flip_bit(pack, ByteOffset(at), 1);
     }
     let before = storage.files();
-    let found = losses(&images, root);
+    let (found, seen) = checked(&images, root);
     let find = &mut |lost: &backtide_images::LostChunk, is_wanted: &dyn Fn(&[u8]) -> bool| {
         let chunk = &content[lost.places()[0].1.start().0 as usize..][..CHUNK];
         is_wanted(chunk).then(|| Bytes::copy_from_slice(chunk))
@@ -285,7 +294,7 @@ fn a_mend_that_is_called_off_anywhere_leaves_the_old_pack_or_the_new_one_and_not
             told += bytes.0;
             asked <= stop
         };
-        let done = images.mend(&found, find, &mut step).expect("no failure");
+        let done = images.mend(&found, &seen, find, &mut step).expect("no failure");
         assert!(storage.files().len() == before.len(), "{stop}: something is left beside it");
         if !done.called_off {
             assert_eq!((done.chunks.len(), done.left.len()), (2, 0), "{done:?}");

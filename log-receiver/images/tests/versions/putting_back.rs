@@ -2,13 +2,14 @@
 
 use std::path::Path;
 
-use backtide_images::Root;
+use backtide_images::{Mended, Root};
 use backtide_storage::Storage;
 use backtide_units::{ByteCount, ByteOffset, ByteRange};
+use roaring::RoaringTreemap;
 
 use crate::{
     common::*,
-    mending::{mend, noise},
+    mending::{mend, mend_checked, noise},
 };
 
 /// A pack's table: ordinals, and where the chunks begin.
@@ -145,4 +146,67 @@ fn nor_does_one_in_a_chunk_that_nobody_has_any_more_but_any_other_failure_does()
             assert!(bench.storage.files() == files, "nothing has changed");
         }
     }
+}
+
+#[test]
+fn what_the_device_fails_to_read_for_a_moment_is_not_lost_by_a_mend() {
+    let why = |done: &Mended| done.left[0].why.clone().unwrap_or_default();
+    // A chunk that the check has read whole; one that no image has any more, or that is lost all the same. The two reads are
+    // those of the chunk and of the page.
+    for (whole, lost) in [(true, false), (false, false), (false, true)] {
+        let (mut bench, first) = noise(35, 3);
+        let mut root = first;
+        let before = bench.content.clone();
+        if !whole && !lost {
+            let image = bench.images.image(first);
+            bench.content[..CHUNK].fill(3);
+            root = bench.make(Some(&image), &[true, false, false]).expect("no fault");
+        }
+        let path = bench.packs()[0].clone();
+        let (_, chunks) = table(&bench, &path);
+        bench.storage.flip_bit(&path, ByteOffset(chunks[1] + 1000), 1);
+        let bad = ByteRange::new(ByteOffset(chunks[0] + 30_000), ByteCount(512)).unwrap();
+        let images = images(&bench.storage);
+        if lost {
+            bench.storage.fail_reads(&path, bad, 5);
+        }
+        let found = checked(&images, root);
+        // Of the disk the first chunk is not to be had.
+        let mut disk = bench.content.clone();
+        disk[..CHUNK].fill(9);
+        let files = bench.storage.files();
+        for times in [Some(2), whole.then_some(u64::MAX)].into_iter().flatten() {
+            bench.storage.fail_reads_times(&path, bad, 5, times);
+            let done = mend_checked(&images, &found, Some(&disk));
+            assert!(bench.storage.files() == files, "nothing has changed: {done:?}");
+            assert_eq!((done.chunks.len(), done.left.len()), (usize::from(lost), 1), "{done:?}");
+            let expected = if whole { "that was whole cannot be read" } else { "can be read again" };
+            assert!(why(&done).contains(expected), "{done:?}");
+        }
+        // Once it can be read nothing is in the way.
+        bench.storage.fail_reads_times(&path, bad, 5, 0);
+        let done = mend(&images, root, Some(&disk));
+        assert_eq!((done.chunks.len(), done.left.len()), (1, 0), "{done:?}");
+        assert!(read(&images.image(root)).unwrap() == bench.content);
+        assert!(read(&crate::common::images(&bench.storage).image(first)).unwrap() == before);
+    }
+}
+
+#[test]
+fn one_that_was_lost_before_is_not_taken_for_whole() {
+    let (bench, root) = noise(36, 3);
+    let path = bench.packs()[0].clone();
+    let (_, chunks) = table(&bench, &path);
+    let bad = ByteRange::new(ByteOffset(chunks[0] + 30_000), ByteCount(512)).unwrap();
+    bench.storage.fail_reads(&path, bad, 5);
+    let images = images(&bench.storage);
+    let (mut losses, _) = checked(&images, root);
+    assert_eq!(losses.take().sentences().count(), 1);
+    // What a later round of the same scrub finds.
+    bench.storage.flip_bit(&path, ByteOffset(chunks[1] + 1000), 1);
+    let mut seen = RoaringTreemap::from_iter([1 << 32]);
+    let whole = images.image(root).check(0, &mut seen, &mut losses, &mut |_| true);
+    assert!(whole.expect("no failure"));
+    let done = mend_checked(&images, &(losses, seen), Some(&bench.content));
+    assert_eq!((done.chunks.len(), done.left.len()), (1, 0), "{done:?}");
 }

@@ -23,7 +23,7 @@ impl Snapshot {
         while let Some(mender) =
             mender.filter(|_| walked.is_ok() && !losses.is_empty() && !checked.called_off)
         {
-            let found = std::mem::take(&mut losses);
+            let found = losses.take();
             walked = self.mend_images(&found, (&mut seen, &mut losses), checked, mender, step);
         }
         self.note_all(&losses, None, checked);
@@ -65,7 +65,7 @@ impl Snapshot {
         let find = &mut |lost: &LostChunk, is_wanted: &dyn Fn(&[u8]) -> bool| mender.chunk(lost, is_wanted);
         // What a mend reads and writes is for the pace alone: it is no part of what is checked.
         let pace = &mut |bytes: ByteCount| step(ByteCount(bytes.0.saturating_add(mender.take_read().0)));
-        let Mended { chunks, tables, left, called_off } = match self.images().mend(losses, find, pace) {
+        let Mended { chunks, tables, left, called_off } = match self.images().mend(losses, seen, find, pace) {
             Ok(mended) => mended,
             Err(error) => {
                 self.note_all(losses, Some(&chain(&error)), checked);

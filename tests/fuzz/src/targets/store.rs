@@ -240,7 +240,7 @@ fn pack(bytes: &[u8]) {
     for (number, root) in roots.iter().enumerate() {
         let _ = images.image(*root).check(number, &mut seen, &mut losses, &mut |_| true);
     }
-    let _ = images.mend(&losses, &mut |_, _| None, &mut |_| true);
+    let _ = images.mend(&losses, &seen, &mut |_, _| None, &mut |_| true);
     let _ = images.collect(&roots[..1]);
 }
 
