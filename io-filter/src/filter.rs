@@ -21,7 +21,7 @@ use crate::{
     guard::{RangeGuard, Ticket},
     hasten::Asked,
     pace::Pace,
-    pass::Pass,
+    pass::{Pass, Phase},
     progress::Progress,
     spill::SpillState,
     status::Counters,
@@ -306,8 +306,9 @@ impl Filter {
 
     /// Whether a mark now is going to name a recovery point.
     pub fn can_mark(&self) -> bool {
-        // What is forwarded beside a pass that was forfeited is for the points behind its end.
-        self.is_forwarding() && !self.pass.as_ref().is_some_and(|pass| pass.forfeited)
+        // What is forwarded beside a pass that was forfeited is for the points behind its end, which it says when it is drained.
+        let forfeited = |pass: &Pass| pass.forfeited && pass.phase == Phase::Draining;
+        self.is_forwarding() && !self.pass.as_ref().is_some_and(forfeited)
     }
 
     /// The last LSN given.

@@ -45,13 +45,16 @@ impl Records {
         self.sync_names().map(|()| true)
     }
 
-    /// Gives the reserve up where the directory has no room for what is written of a disk that is attached; whether that was so and there
-    /// was one.
+    /// Gives the reserve up where the directory has not as much room again, which is what may be written of disks that are attached;
+    /// whether that was so and there was one.
     ///
     /// # Errors
     /// The storage's, other than that it is full.
     pub(crate) fn use_reserve(&self, disk: &DiskName) -> io::Result<bool> {
-        match self.try_room(disk, super::room::FRAMES) {
+        if self.storage.free_space()? >= FREE_MIN {
+            return Ok(false);
+        }
+        match self.try_room(disk, RESERVE) {
             Err(error) if is_full(&error) => {}
             tried => return tried.map(|()| false),
         }
@@ -91,7 +94,7 @@ mod tests {
         assert!(!records.use_reserve(&disk).unwrap(), "there is room");
         assert_eq!(storage.used(), RESERVE, "it stays");
 
-        storage.set_capacity(Some(storage.used()));
+        storage.set_capacity(Some(ByteCount(2 * RESERVE.0 - 1)));
         assert!(records.use_reserve(&disk).unwrap());
         assert_eq!(storage.used(), ByteCount(0));
         assert!(!records.keep_reserve().unwrap(), "what is left is for the disks");

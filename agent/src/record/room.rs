@@ -12,7 +12,7 @@ use backtide_units::{ByteCount, ByteOffset, DiskName};
 use super::Records;
 
 /// Of a record, the frames of the files, and what a file system takes for their names.
-pub(super) const FRAMES: ByteCount = ByteCount(64 << 10);
+const FRAMES: ByteCount = ByteCount(64 << 10);
 
 /// It is written in pieces of this size.
 const PIECE_BYTES: u64 = 1 << 20;

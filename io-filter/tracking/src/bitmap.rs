@@ -43,9 +43,12 @@ struct Bound {
     sweep: Option<Sweep>,
     /// A sweep has written as runs what is shorter so, since there was room in plenty.
     has_runs: bool,
-    /// Regions that a sweep has written as runs.
+    /// Regions that are runs, or may be: none other is.
     as_runs: RoaringTreemap,
 }
+
+/// Of so many blocks in one range, where there is none, the library makes a run.
+const RUN_MIN: u64 = 3;
 
 /// Blocks of a region: 256 MiB, what one Roaring container holds.
 const REGION: u64 = 1 << 16;
@@ -144,8 +147,16 @@ impl DirtyBitmap {
 
     /// Blocks of one region.
     fn insert_within(&mut self, blocks: Range<u64>) -> u64 {
-        if blocks.is_empty() || self.whole.contains(blocks.start / REGION) {
+        let region = blocks.start / REGION;
+        if blocks.is_empty() || self.whole.contains(region) {
             return 0;
+        }
+        // The library makes runs of those itself where there is nothing yet, and leaves them that.
+        if blocks.end - blocks.start >= RUN_MIN
+            && let Some(bound) = &mut self.bound
+            && self.blocks.range_cardinality(region * REGION..(region + 1) * REGION) == 0
+        {
+            bound.as_runs.insert(region);
         }
         self.blocks.insert_range(blocks)
     }
@@ -161,16 +172,7 @@ impl DirtyBitmap {
         self.whole.remove_range(start / REGION..(end - 1) / REGION + 1);
         self.blocks.remove_range(start..end);
         if self.is_time_to_look() {
-            let exceeds =
-                |bitmap: &Self| bitmap.bound.as_ref().is_some_and(|bound| bitmap.memory() > bound.bytes);
-            // It takes long, and is of use only then.
-            if exceeds(self) {
-                self.compact();
-            }
-            let exceeded = exceeds(self);
-            if let Some(bound) = &mut self.bound {
-                (bound.touched, bound.exceeded) = (0, exceeded);
-            }
+            self.look_at_what_is_left();
         }
     }
 
@@ -184,6 +186,9 @@ impl DirtyBitmap {
     fn open(&mut self, region: u64) {
         if self.whole.remove(region) {
             self.blocks.insert_range(region * REGION..(region + 1) * REGION);
+            if let Some(bound) = &mut self.bound {
+                bound.as_runs.insert(region);
+            }
         }
     }
 
@@ -228,6 +233,10 @@ impl DirtyBitmap {
     pub fn union_with(&mut self, other: &Self) {
         let whole = other.whole.max().map_or(0, |region| (region + 1) * REGION);
         self.reach(other.blocks.max().map_or(0, |block| block + 1).max(whole));
+        if let Some(bound) = &mut self.bound {
+            // Those may be runs there. Of a region that is none it costs that it is written anew once.
+            bound.as_runs.extend(other.regions());
+        }
         self.blocks |= &other.blocks;
         self.whole |= &other.whole;
         for run in self.whole_runs() {

@@ -67,8 +67,8 @@ impl Plan {
 pub(crate) enum Pressure {
     /// It has.
     None,
-    /// It has not: half of the time of which everything is kept goes, whatever the ladder says, or as much more as it takes for anything
-    /// to go, and so do the oldest single points beyond the most that there can be.
+    /// It has not: half of the time of which everything is kept goes, whatever the ladder says, and so do the oldest single
+    /// points beyond the most that there can be.
     Shrink,
 }
 
@@ -118,7 +118,10 @@ fn plan_within(
     let old: Vec<TimedLsn> = base.iter().flat_map(|base| base.kept()).map(|kept| kept.at).collect();
     let old_floor = base.and_then(Base::floor).map(|floor| floor.at);
     let fold = match horizon(snapshot, ladder, now, pressure) {
-        Some(horizon) => step(snapshot, ladder, (now, pressure), horizon, reach, old_floor)?,
+        Some(horizon) => {
+            let horizon = reach.until.map_or(horizon, |until| until.min(horizon));
+            step(snapshot, ladder, now, horizon, reach.slots_max, old_floor)?
+        }
         None => None,
     };
     let mut points: BTreeSet<TimedLsn> = old.iter().copied().chain(old_floor).collect();
@@ -197,35 +200,24 @@ pub(crate) fn every_change_from(snapshot: &Snapshot) -> Option<TimedLsn> {
     })
 }
 
-/// What can be folded below the horizon, in steps of so many slots: as many steps as it takes for a segment to go. Without room the
-/// horizon comes nearer until one does: all that fills the store may have been written lately.
+/// What can be folded below the horizon, in steps of so many slots: as many steps as it takes for a segment to go.
 fn step(
     snapshot: &Snapshot,
     ladder: &Ladder,
-    (now, pressure): (CaptureTime, Pressure),
+    now: CaptureTime,
     horizon: CaptureTime,
-    reach: Reach,
+    slots_max: Option<u64>,
     old_floor: Option<TimedLsn>,
 ) -> Result<Option<(Foldable, TimedLsn)>, LogError> {
     let begins = every_change_from(snapshot).map_or(horizon, |begins| begins.time);
-    let most = reach.until.unwrap_or(CaptureTime(u64::MAX));
-    let mut horizon = horizon.min(most);
-    let mut slots = reach.slots_max.unwrap_or(u64::MAX);
+    let mut slots = slots_max.unwrap_or(u64::MAX);
     loop {
         let near = nearer(ladder, begins, now, slots).min(horizon);
         let fold = foldable(snapshot, near, old_floor)?;
-        if fold.is_some() {
+        if fold.is_some() || near == horizon {
             return Ok(fold);
         }
-        if near < horizon {
-            slots = slots.saturating_mul(2);
-            continue;
-        }
-        let closer = CaptureTime(now.0 - now.0.saturating_sub(horizon.0) / 2).min(most);
-        if pressure == Pressure::None || closer <= horizon {
-            return Ok(None);
-        }
-        horizon = closer;
+        slots = slots.saturating_mul(2);
     }
 }
 
@@ -394,26 +386,6 @@ mod tests {
         assert_eq!(plan.kept, [&pinned[..], &all[all.len() - 2..]].concat());
         let why = within(&pins, Pressure::Shrink, 2).expect_err("pinned ones stay").to_string();
         assert!(why.contains("keeps more than"), "{why}");
-    }
-
-    #[test]
-    fn a_store_that_was_filled_lately_gives_what_there_is_to_give() {
-        let ladder: Ladder = "any=1h".parse().unwrap();
-        let (snapshot, none) = (log(60), BTreeMap::new());
-        let seconds = |seconds: u64| CaptureTime(seconds * 1_000_000);
-        // The only segment that is full ends with second 59.
-        let until = |now, pressure, until| {
-            let reach = Reach { until, ..Reach::ROUND };
-            let plan = plan_within(&snapshot, &ladder, &none, (seconds(now), pressure), reach, KEPT_MAX);
-            plan.expect("there is nothing to keep").and_then(|plan| plan.fold).map(|(_, floor)| floor.time)
-        };
-        for now in [61, 70, 100, 200] {
-            let floor = until(now, Pressure::Shrink, None);
-            assert!(floor.is_some_and(|floor| floor >= seconds(59)), "at {now}: {floor:?}");
-            assert_eq!(until(now, Pressure::None, None), None, "with room the hour stays");
-            assert_eq!(until(now, Pressure::Shrink, Some(seconds(50))), None, "no further than it may");
-        }
-        assert_eq!(until(58, Pressure::Shrink, None), None, "nor does what a clock shows that was set back");
     }
 
     #[test]

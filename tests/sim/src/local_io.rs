@@ -85,7 +85,10 @@ impl World {
     pub(crate) fn begin_on_image(&mut self, io: IoId) {
         let agent = self.agent.as_mut().expect("it is alive");
         let (life, op) = (agent.life, agent.inflight[&io].op.clone());
-        let fails = self.image_fails(&op);
+        let flushes = matches!(&op, LocalOp::Settle | LocalOp::Change(Change::Flush));
+        // A server's refusal that nobody was told of is told to whoever flushes next.
+        let untold = flushes && std::mem::take(&mut self.lacking.untold);
+        let fails = self.image_fails(&op) || untold;
         let write = matches!(&op, LocalOp::Change(change) if *change != Change::Flush);
         self.trace.note(self.now, "local begins", &[io.0, u64::from(write), u64::from(fails)]);
         let inflight = self.agent.as_mut().and_then(|agent| agent.inflight.get_mut(&io));

@@ -12,8 +12,8 @@ use roaring::RoaringTreemap;
 
 use super::{Bound, DirtyBitmap, REGION};
 
-/// Blocks of a stretch: one, 64 KiB, 1 MiB, 16 MiB, a region.
-const STRETCHES: [u64; 5] = [1, 16, 256, 4096, REGION];
+/// Blocks of a stretch: 64 KiB, 1 MiB, 16 MiB, a region.
+const STRETCHES: [u64; 4] = [16, 256, 4096, REGION];
 
 /// What takes this part of the bound is written as runs where that is shorter, which forgets nothing.
 const NEAR: (u64, u64) = (7, 8);
@@ -126,6 +126,21 @@ impl DirtyBitmap {
         self.took(left);
     }
 
+    /// The same after some were marked clean: that is no time to forget which.
+    pub(super) fn look_at_what_is_left(&mut self) {
+        let Some(most) = self.bound.as_ref().map(|bound| bound.part(TOO_MUCH)) else { return };
+        let mut memory = self.memory();
+        if memory > most {
+            // It takes long, and is of use only then.
+            self.compact();
+            memory = self.memory();
+        }
+        if let Some(bound) = &mut self.bound {
+            (bound.touched, bound.unmeasured, bound.between) = (0, 0, MARKS_BETWEEN_LOOKS);
+            (bound.taken, bound.exceeded) = (memory, memory > most);
+        }
+    }
+
     fn took(&mut self, memory: ByteCount) {
         if let Some(bound) = &mut self.bound {
             bound.taken = memory;
@@ -228,15 +243,16 @@ impl DirtyBitmap {
         ByteCount((2 * blocks).min(REGION / 8))
     }
 
-    /// Holds a region in the finest stretches in which it takes half of `before` at most, as single blocks unless it may forget them;
-    /// returns what it takes then, or nothing where it stays as it is. Scattered blocks may take less than the stretches they lie in.
+    /// Holds a region another way: as single blocks where that takes three quarters of `before` at most, else, where it may forget them, in
+    /// the finest stretches in which it takes half. Returns what it takes then, or nothing where it stays as it is. Scattered blocks
+    /// may take less than the stretches they lie in.
     fn write_anew(&mut self, region: u64, before: ByteCount, forgets: bool) -> Option<ByteCount> {
-        let may = if forgets { &STRETCHES[..] } else { &STRETCHES[..1] };
-        let (most, flat) = (before.0 / 2 / RUN_BYTES, self.flat_cost_of(region));
-        let stretches = match flat.0 <= before.0 / 2 {
-            true => self.stretches(region, 1, REGION)?,
-            false => may.iter().find_map(|stretch| self.stretches(region, *stretch, most))?,
-        };
+        let flat = self.flat_cost_of(region);
+        let (exact_most, most) = (before.0 / 4 * 3, before.0 / 2 / RUN_BYTES);
+        let runs_most = if flat.0 <= exact_most { REGION } else { exact_most / RUN_BYTES };
+        let exact = self.stretches(region, 1, runs_most);
+        let coarser = || STRETCHES.iter().find_map(|stretch| self.stretches(region, *stretch, most));
+        let stretches = exact.or_else(|| if forgets { coarser() } else { None })?;
         let runs = ByteCount(stretches.len() as u64 * RUN_BYTES);
         let (start, stop) = (region * REGION, (region + 1) * REGION);
         let bound = self.bound.as_mut()?;
@@ -418,6 +434,20 @@ mod tests {
         assert!(written > REGIONS / 4, "it took {} of {bytes}", exact.memory());
         exact.subtract(&bounded);
         assert!(exact.is_empty(), "no block is forgotten");
+    }
+
+    #[test]
+    fn single_blocks_among_what_were_runs_are_no_reason_to_forget_any() {
+        let mut bounded = DirtyBitmap::bounded(ByteCount(1 << 20), BlockIndex(64 * REGION));
+        let mut exact = DirtyBitmap::new();
+        let regions = || (0..64).map(|region| region * REGION);
+        let ranges = regions().map(|start| start..start + 3);
+        let singles = (2..REGION / 2).flat_map(|block| regions().map(move |start| start + 2 * block));
+        for range in ranges.chain(singles.map(|block| block..block + 1)) {
+            bounded.insert(range.clone().into());
+            exact.insert(range.into());
+        }
+        assert_eq!(bounded, exact, "half of each region is a bitmap of 8 KiB: {}", bounded.memory());
     }
 
     #[test]
