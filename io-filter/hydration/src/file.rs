@@ -45,7 +45,7 @@ pub struct HydrationFile {
 /// Why blocks are missing still that were to be [stored](HydrationFile::store).
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
-    /// The image did not take them.
+    /// The image did not take them, or it has lost something: what it takes since nobody believes.
     #[error(transparent)]
     Image(io::Error),
     /// The image holds them, which could not be remembered.
@@ -126,7 +126,10 @@ impl HydrationFile {
         write: impl FnOnce() -> io::Result<()>,
     ) -> Result<(), StoreError> {
         write().map_err(StoreError::Image)?;
-        self.present(blocks).map_err(StoreError::Unnoted)
+        self.present(blocks).map_err(|error| match self.state().failed {
+            None => StoreError::Unnoted(error),
+            Some(_) => StoreError::Image(error),
+        })
     }
 
     /// Remembers that what the image shows of missing blocks need not be what it keeps: whoever opens this file next does

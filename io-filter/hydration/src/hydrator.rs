@@ -231,6 +231,9 @@ impl Hydrator {
     pub fn settled(&mut self, id: RequestId, result: Result<(), Refusal>) {
         let (_, state) = self.request(id);
         assert!(matches!(state, State::Settling), "{id:?} is {state:?}: nobody settles it");
+        if result.is_err() {
+            self.missing.doubt_image();
+        }
         self.answer(id, result);
     }
 
@@ -302,7 +305,7 @@ impl Hydrator {
     }
 
     /// A [`Step::Store`] has ended: the image has it all, and the journal could not be told. It is missing still, and whoever
-    /// reads it reads the image.
+    /// reads it reads the image, until that could not be made durable.
     ///
     /// # Panics
     /// As [`stored`](Self::stored).

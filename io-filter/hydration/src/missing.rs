@@ -10,6 +10,7 @@
 //! ```
 //!
 //! What was stored and could not be noted is missing, and shown: it is read from the image, and fetched again to be noted.
+//! It is shown no longer when the image could not be made durable: then it may lose what it was given before.
 //!
 //! Invariants: a block is missing until its content is on the image *and* the journal says so, whoever brings
 //! it. A block that is being stored is not written by a guest, and the other way round. Nothing is fetched
@@ -41,6 +42,15 @@ pub enum Need {
     Damaged(BlockIndex),
 }
 
+/// What is being stored of a fetch.
+#[derive(Debug)]
+struct Store {
+    id: FetchId,
+    blocks: Vec<BlockRange>,
+    /// How many doubts there were when it began.
+    doubts: u64,
+}
+
 /// What is missing of a disk.
 #[derive(Debug)]
 pub struct Missing {
@@ -52,7 +62,9 @@ pub struct Missing {
     shown: DirtyBitmap,
     next: u64,
     fetching: Vec<(FetchId, BlockRange)>,
-    storing: Vec<(FetchId, Vec<BlockRange>)>,
+    storing: Vec<Store>,
+    /// So often it was found out that the image may lose what it holds.
+    doubts: u64,
     overwriting: Vec<(ChangeId, Vec<BlockRange>)>,
 }
 
@@ -67,6 +79,7 @@ impl Missing {
             next: 0,
             fetching: Vec::new(),
             storing: Vec::new(),
+            doubts: 0,
             overwriting: Vec::new(),
         }
     }
@@ -172,27 +185,39 @@ impl Missing {
         }
         let wanted: Vec<BlockRange> = wanted.runs(blocks, FETCH_BLOCKS_MAX).collect();
         if !wanted.is_empty() {
-            self.storing.push((id, wanted.clone()));
+            self.storing.push(Store { id, blocks: wanted.clone(), doubts: self.doubts });
         }
         wanted
     }
 
     /// The blocks of a fetch are on the image, and in the journal, if `present`.
     pub fn end_store(&mut self, id: FetchId, present: bool) {
-        let index = self.storing.iter().position(|(other, _)| *other == id);
-        let (_, blocks) = self.storing.swap_remove(index.expect("something was to be stored"));
+        let store = self.take_store(id);
         if present {
-            self.are_present(&blocks);
+            self.are_present(&store.blocks);
         }
     }
 
     /// The blocks of a fetch are on the image, and the journal does not say so.
     pub fn end_unnoted(&mut self, id: FetchId) {
-        let index = self.storing.iter().position(|(other, _)| *other == id);
-        let (_, blocks) = self.storing.swap_remove(index.expect("something was to be stored"));
-        for run in blocks {
-            self.shown.insert(run);
+        let store = self.take_store(id);
+        // Otherwise they may have been on it before it lost something.
+        if store.doubts == self.doubts {
+            for run in store.blocks {
+                self.shown.insert(run);
+            }
         }
+    }
+
+    /// The image could not be made durable: it may lose what it holds, and what of that is missing has to be brought again.
+    pub fn doubt_image(&mut self) {
+        self.doubts += 1;
+        self.shown = DirtyBitmap::new();
+    }
+
+    fn take_store(&mut self, id: FetchId) -> Store {
+        let index = self.storing.iter().position(|store| store.id == id);
+        self.storing.swap_remove(index.expect("something was to be stored"))
     }
 
     /// The source has lost the content of a block.
@@ -264,7 +289,7 @@ impl Missing {
     }
 
     fn stored_or_overwritten(&self) -> impl Iterator<Item = BlockRange> {
-        let storing = self.storing.iter().flat_map(|(_, blocks)| blocks);
+        let storing = self.storing.iter().flat_map(|store| &store.blocks);
         storing.chain(self.overwriting.iter().flat_map(|(_, blocks)| blocks)).copied()
     }
 

@@ -158,9 +158,12 @@ impl HydratingDisk {
     pub(super) async fn store(self: Rc<Self>, id: FetchId, runs: Vec<BlockRange>, pieces: Pieces) {
         let came = fetched(&runs, &pieces, self.medium.size());
         let stored = self.put(runs, pieces).await;
-        self.unstored.set(stored.is_err());
-        if let Err(error) = &stored {
-            self.is_troubled(&format!("what was fetched cannot be stored: {error}"));
+        let before = self.unstored.replace(stored.is_err());
+        match &stored {
+            Err(error) => self.is_troubled(&format!("what was fetched cannot be stored: {error}")),
+            // When it came it was not known yet that it can be stored again.
+            Ok(()) if before => self.is_well(),
+            Ok(()) => {}
         }
         self.brought(came, |hydrator| match stored {
             Ok(()) => hydrator.stored(id, Ok(())),

@@ -1,4 +1,7 @@
-use std::path::{Path, PathBuf};
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
 
 use backtide_hydration::{Header, Kind};
 use backtide_storage::{ImageFile, MemoryStorage, RealStorage, Storage};
@@ -348,20 +351,48 @@ async fn a_note_that_cannot_be_removed_is_no_failure_of_the_image() {
         .await;
 }
 
+/// Of which nothing can be noted.
+fn with_a_full_state_directory() -> (MemoryStorage, Bench) {
+    let storage = MemoryStorage::new();
+    let shared: Arc<dyn Storage> = Arc::new(storage.clone());
+    let (path, missing) = (Path::new(FILE), DirtyBitmap::of((10..BLOCKS).into()));
+    drop(HydrationFile::create(Arc::clone(&shared), path, header(), missing).unwrap());
+    // After a power loss there was just enough for a file, and nothing that is noted has a place in it.
+    storage.set_capacity(Some(ByteCount(storage.used().0 + 2048)));
+    let other = Uuid::from_bytes([2; 16]);
+    let file = HydrationFile::open(shared, path, other).unwrap().unwrap();
+    storage.set_capacity(Some(storage.used()));
+    let bench = Bench::noted_in(tempfile::tempdir().unwrap(), &vec![255; SIZE as usize], file);
+    (storage, bench)
+}
+
+#[tokio::test]
+async fn what_is_missing_is_an_error_once_the_image_could_not_be_synced() {
+    LocalSet::new()
+        .run_until(async {
+            for (full, bench) in [(false, Bench::new()), (true, with_a_full_state_directory().1)] {
+                let read = 40 * BLOCK..41 * BLOCK;
+                let content = at_point();
+                let found = bench.read(read.clone()).await.unwrap();
+                assert_eq!(found, content[read.start as usize..read.end as usize]);
+                let gone = || Err(io::Error::from_raw_os_error(EIO));
+                bench.disk.file.settle(gone).unwrap_err();
+                // A guest's flush is told so.
+                bench.disk.run(LocalOp::Change(Change::Flush)).await.unwrap_err();
+                bench.read(100 * BLOCK..101 * BLOCK).await.unwrap_err();
+                if full {
+                    bench.read(read).await.unwrap_err();
+                }
+            }
+        })
+        .await;
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_full_state_directory_fails_no_read_and_no_flush_and_no_write_of_what_was_not_noted_is_answered() {
     LocalSet::new()
         .run_until(async {
-            let storage = MemoryStorage::new();
-            let shared: Arc<dyn Storage> = Arc::new(storage.clone());
-            let (path, missing) = (Path::new(FILE), DirtyBitmap::of((10..BLOCKS).into()));
-            drop(HydrationFile::create(Arc::clone(&shared), path, header(), missing).unwrap());
-            // After a power loss there was just enough for a file, and nothing that is noted has a place in it.
-            storage.set_capacity(Some(ByteCount(storage.used().0 + 2048)));
-            let other = Uuid::from_bytes([2; 16]);
-            let file = HydrationFile::open(shared, path, other).unwrap().unwrap();
-            storage.set_capacity(Some(storage.used()));
-            let bench = Bench::noted_in(tempfile::tempdir().unwrap(), &vec![255; SIZE as usize], file);
+            let (storage, bench) = with_a_full_state_directory();
             let mut expected = at_point();
             let full = IoFailure { errno: Errno::NOSPC.raw_os_error() };
             let right = async |range: std::ops::Range<u64>| {
@@ -385,6 +416,8 @@ async fn a_full_state_directory_fails_no_read_and_no_flush_and_no_write_of_what_
                     .starts_with("what was fetched cannot be stored: it cannot be noted: ")
             );
             storage.set_capacity(None);
+            right(100 * BLOCK..101 * BLOCK).await;
+            assert_eq!(bench.disk.status().unwrap().trouble, None);
             for range in [40 * BLOCK + 5..41 * BLOCK, 50 * BLOCK..51 * BLOCK] {
                 bench.disk.run(write(range.clone(), 77)).await.unwrap();
                 expected[range.start as usize..range.end as usize].fill(77);

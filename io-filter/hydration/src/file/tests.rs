@@ -266,3 +266,18 @@ fn that_an_image_is_not_to_be_compared_is_said_when_it_can_be() {
     let again = open();
     assert!(!again.header().compare && again.missing() == DirtyBitmap::of((4..9).into()));
 }
+
+#[test]
+fn what_is_stored_in_an_image_that_has_lost_something_is_not_said_to_be_there() {
+    let missing = DirtyBitmap::of((3..9).into());
+    for full in [false, true] {
+        let (storage, _, file) = on_a_full_file_system(&missing);
+        if !full {
+            storage.set_capacity(None);
+        }
+        file.present(&[(3..5).into()]).unwrap();
+        file.settle(|| Err(io::Error::other("the device is gone"))).unwrap_err();
+        let stored = file.store(&[(6..7).into()], || Ok(()));
+        assert!(matches!(stored, Err(StoreError::Image(_))), "{stored:?}");
+    }
+}

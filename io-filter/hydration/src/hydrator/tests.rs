@@ -212,6 +212,35 @@ fn what_is_stored_and_cannot_be_noted_is_read_and_is_missing_still() {
 }
 
 #[test]
+fn what_is_stored_and_not_noted_is_fetched_again_after_a_flush_that_failed() {
+    let mut hydrator = hydrator();
+    for flush_fails in [false, true] {
+        let read = hydrator.submit(Wish::Read(blocks(40, 41)));
+        match flush_fails {
+            false => {
+                let (id, run) = fetch(&mut hydrator);
+                hydrator.fetched(id, false);
+                assert_eq!(only(&mut hydrator), Step::Store(id, vec![run]));
+                hydrator.unnoted(id);
+                assert_eq!(only(&mut hydrator), Step::Image(read));
+            }
+            true => assert_eq!(only(&mut hydrator), Step::Image(read)),
+        }
+        let flush = hydrator.submit(Wish::Flush);
+        assert_eq!(only(&mut hydrator), Step::Settle(flush));
+        let settled = if flush_fails { Err(EIO) } else { Ok(()) };
+        hydrator.settled(flush, settled);
+        assert_eq!(only(&mut hydrator), Step::Answer(flush, settled));
+    }
+    let again = hydrator.submit(Wish::Read(blocks(40, 41)));
+    let (id, run) = fetch(&mut hydrator);
+    hydrator.fetched(id, false);
+    assert_eq!(only(&mut hydrator), Step::Store(id, vec![run]));
+    hydrator.stored(id, Err(EIO));
+    assert_eq!(only(&mut hydrator), Step::Answer(again, Err(EIO)));
+}
+
+#[test]
 fn a_disk_given_up_stores_nothing_and_lets_nobody_wait() {
     let mut hydrator = hydrator();
     let read = hydrator.submit(Wish::Read(blocks(40, 41)));

@@ -111,3 +111,23 @@ fn what_is_shown_is_not_fetched_for_whoever_reads_it_and_is_fetched_to_be_noted(
     assert!(!disk.touches(bytes(17 * 4096, 20 * 4096)));
     assert_eq!(disk.before_read(bytes(16 * 4096, 24 * 4096)), None);
 }
+
+#[test]
+fn what_is_shown_is_brought_again_once_the_image_is_in_doubt_and_so_is_what_was_being_stored() {
+    let mut disk = missing(0..64);
+    let stored = |disk: &mut Missing, run: BlockRange| {
+        let fetch = disk.begin_fetch(run);
+        assert_eq!(disk.end_fetch(fetch, true), [run]);
+        fetch
+    };
+    let (shown, storing) = (stored(&mut disk, blocks(0, 16)), stored(&mut disk, blocks(16, 32)));
+    disk.end_unnoted(shown);
+    disk.doubt_image();
+    disk.end_unnoted(storing);
+    let again = disk.before_read(bytes(0, 32 * 4096));
+    assert_eq!(again, Some(Need::Wait(vec![blocks(0, 32)])));
+    // What was stored since counts until the next doubt.
+    let later = stored(&mut disk, blocks(0, 16));
+    disk.end_unnoted(later);
+    assert_eq!(disk.before_read(bytes(0, 16 * 4096)), None);
+}
