@@ -6,6 +6,7 @@ mod delay_bound;
 mod found_by_simulation;
 mod hasten;
 mod interruptions;
+mod places;
 mod questions;
 mod read_use;
 mod recall;
