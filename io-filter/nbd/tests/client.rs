@@ -94,6 +94,27 @@ fn the_whole_way_to_an_export() {
 }
 
 #[test]
+fn what_a_server_prefers_is_cut_to_the_longest_request_and_can_be_served_on() {
+    let info = |preferred, maximum| {
+        let mut client = at_go();
+        for info in [export_info(), block_sizes(4096, preferred, maximum)] {
+            client.answers(&option_reply(code::GO, reply::INFO, &info));
+        }
+        let Ok(Step::Transmission(session)) = client.hears(&option_reply(code::GO, reply::ACK, &[])).1 else {
+            panic!("not done")
+        };
+        session.block_sizes
+    };
+    for (preferred, maximum, expected) in
+        [(64 << 20, 128 << 20, 32 << 20), (64 << 20, u32::MAX, 32 << 20), (65_536, 40_960, 32_768)]
+    {
+        let sizes = info(preferred, maximum);
+        assert!(sizes.are_valid(), "{sizes:?}");
+        assert_eq!((sizes.minimum, sizes.preferred), (4096, expected));
+    }
+}
+
+#[test]
 fn a_server_without_go_or_options_gets_export_name() {
     let zeroes = |count: usize| [&SIZE.to_be_bytes()[..], &[0, 1], &vec![0; count]].concat();
     let mut client = at_go();

@@ -385,7 +385,7 @@ impl Handshake {
     }
 }
 
-/// Block sizes within what the specification allows, the maximum cut to what we can take.
+/// Block sizes within what the specification allows, the maximum cut to what we can take, and what is preferred to that.
 fn usable(sizes: BlockSizes) -> Result<BlockSizes, ProtocolError> {
     let BlockSizes { minimum, preferred, maximum } = sizes;
     let sane = minimum.is_power_of_two()
@@ -397,7 +397,9 @@ fn usable(sizes: BlockSizes) -> Result<BlockSizes, ProtocolError> {
         return Err(ProtocolError::Malformed("set of block size constraints"));
     }
     let maximum = maximum.min(crate::MAX_PAYLOAD.0 as u32);
-    Ok(BlockSizes { minimum, preferred, maximum: maximum - maximum % minimum })
+    let maximum = maximum - maximum % minimum;
+    // What it prefers may be longer than that: then it is the longest that is a power of two.
+    Ok(BlockSizes { minimum, preferred: preferred.min(1 << maximum.ilog2()), maximum })
 }
 
 fn check_magic(message: &'static str, expected: u64, found: u64) -> Result<(), ProtocolError> {
