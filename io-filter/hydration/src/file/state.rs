@@ -184,7 +184,12 @@ impl State {
         let from = self.placed.max(self.next);
         let until = self.next + ahead;
         if from < until {
-            self.file.write_at(self.place_of(from), &vec![0; ((until - from) * ENTRY_BYTES) as usize])?;
+            let at = self.place_of(from);
+            if let Err(error) = self.file.write_at(at, &vec![0; ((until - from) * ENTRY_BYTES) as usize]) {
+                // A part of them may have taken the last room there is, which others need more: this is for later.
+                let _ = self.file.set_len(ByteCount(at.0));
+                return Err(error);
+            }
             self.placed = until;
         }
         Ok(())

@@ -209,6 +209,19 @@ fn room_is_there_before_it_is_needed() {
 }
 
 #[test]
+fn room_that_is_not_enough_ahead_is_left_to_others() {
+    let blocks = 1 << 20;
+    let (storage, shared, file) = on_a_full_file_system(&DirtyBitmap::of((0..blocks).into()));
+    let room = ByteCount(100 << 10);
+    storage.set_capacity(Some(ByteCount(storage.used().0 + room.0)));
+    for block in 0..35_000 {
+        file.present(&[(block..block + 1).into()]).unwrap();
+        file.settle(|| Ok(())).unwrap();
+        assert_eq!(shared.free_space().unwrap(), room, "after {block} blocks");
+    }
+}
+
+#[test]
 fn what_an_image_has_lost_is_not_believed_though_no_new_file_can_say_so() {
     let missing = DirtyBitmap::of((3..9).into());
     let path = Path::new("vm1.hydration");
