@@ -285,10 +285,18 @@ impl Window {
             self.log_end = self.log_end.max(durable);
             return;
         }
-        self.entries.retain(|entry| match &entry.item {
-            Item::Kept(Message::Record(record)) => record.lsn > durable,
-            Item::Kept(Message::Flush { lsn, .. } | Message::Unchanged { lsn, .. }) => *lsn > durable,
-            Item::Kept(_) | Item::DataSent(_) => true,
+        // What lies before a durable record is durable; of what follows it nobody knows.
+        let is_durable = |entry: &Entry| matches!(&entry.item, Item::Kept(Message::Record(record)) if record.lsn <= durable);
+        let mut before = self.entries.iter().rposition(is_durable).map_or(0, |last| last + 1);
+        self.entries.retain(|entry| {
+            let is_before = before > 0;
+            before = before.saturating_sub(1);
+            match &entry.item {
+                Item::Kept(Message::Record(_) | Message::Flush { .. } | Message::Unchanged { .. }) => {
+                    !is_before
+                }
+                Item::Kept(_) | Item::DataSent(_) => true,
+            }
         });
         self.retained_bytes = self.entries.iter().map(|entry| entry.cost).sum();
         self.base = self.base.max(durable);

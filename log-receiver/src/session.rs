@@ -306,6 +306,9 @@ impl Streaming {
             }
             Message::Flush { lsn, time } => {
                 self.check_reached(disks, "flush", lsn)?;
+                if self.has_flush(disks, lsn) {
+                    return Ok(None);
+                }
                 (Entry::Flush { lsn, time }, ByteCount::ZERO)
             }
             Message::Unchanged { lsn, time } => {

@@ -66,3 +66,23 @@ fn a_pass_offers_no_point_that_needs_dropped_records() {
     assert_eq!(end_after_dropping(3), None);
     assert_eq!(end_after_dropping(2), Some(Lsn(2)));
 }
+
+#[test]
+fn what_followed_a_record_is_sent_again_where_the_receiver_may_not_have_it() {
+    let flush = |lsn| Message::Flush { lsn: Lsn(lsn), time: TIME };
+    let unchanged = Message::Unchanged { lsn: Lsn(2), time: TIME };
+    let mut window = Window::new(Lsn::ZERO);
+    // A flush may cover less than what came before it.
+    let entries = [record(1), flush(1), record(2), flush(2), unchanged.clone(), record(3), flush(3)];
+    for message in entries {
+        window.push(message);
+    }
+    window.trim_to(Lsn(2));
+    let left: Vec<Message> = (2..).map_while(|seq| window.send(seq)).collect();
+    assert_eq!(left, [flush(2), unchanged, record(3), flush(3)]);
+    window.rewind();
+    window.push(flush(2));
+    window.trim_to(Lsn(3));
+    let left: Vec<Message> = (2..).map_while(|seq| window.send(seq)).collect();
+    assert_eq!(left, [flush(3), flush(2)]);
+}

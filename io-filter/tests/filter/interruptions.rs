@@ -104,6 +104,24 @@ impl Disk {
 }
 
 #[test]
+fn a_flush_that_the_receiver_may_not_have_got_is_told_on_the_next_connection() {
+    let mut disk = Disk::in_sync();
+    disk.write(1);
+    disk.send();
+    disk.acknowledge();
+    disk.filter.submit(at(0), RequestId(99), Change::Flush);
+    disk.carry_out();
+    let told = |disk: &mut Disk| {
+        let sent = std::iter::from_fn(|| disk.filter.poll_send(at(0)));
+        sent.filter(|(_, message)| matches!(message, Message::Flush { .. })).count()
+    };
+    assert_eq!(told(&mut disk), 1);
+    disk.filter.disconnected(at(0));
+    disk.reconnect();
+    assert_eq!((disk.filter.mode(), told(&mut disk)), (Mode::Sync, 1));
+}
+
+#[test]
 fn a_receiver_that_refuses_is_not_away() {
     let mut disk = Disk::in_sync();
     disk.filter.receiver_refuses(at(0), true);

@@ -57,4 +57,10 @@ impl Streaming {
         let newest = marks.iter().rev().find(|mark| mark.label == label);
         newest.is_some_and(|mark| mark.at.lsn == lsn)
     }
+
+    /// So is a flush. Each is about more than the one before it.
+    pub(super) fn has_flush(&self, disks: &mut Disks, lsn: Lsn) -> bool {
+        let newest = self.disk(disks).timeline().and_then(|timeline| timeline.flushes().1);
+        newest.is_some_and(|newest| newest.lsn >= lsn)
+    }
 }

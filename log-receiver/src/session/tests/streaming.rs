@@ -153,6 +153,28 @@ fn a_mark_sent_again_is_the_same_mark_and_the_newest_of_a_label_counts() {
 }
 
 #[test]
+fn a_flush_sent_again_is_the_same_point() {
+    let mut bench = Bench::new();
+    let mut peer = in_sync(&mut bench);
+    for message in [flush(5), write(6, 5), flush(6)] {
+        peer.tell(&mut bench, message);
+    }
+    bench.commit(disk(7));
+    peer.settle(&mut bench);
+    // The acknowledgement is lost.
+    let (mut again, welcome) = bench.welcomed(hello());
+    assert_eq!(welcome.durable, Lsn(6));
+    again.tell(&mut bench, flush(5));
+    again.tell(&mut bench, flush(6));
+    let seen = again.settle(&mut bench);
+    assert_eq!(seen, [Seen::Ack { received: 3, durable: 3 }], "it is taken all the same");
+    let snapshot = the_disk(&mut bench).snapshot().unwrap();
+    assert_eq!(snapshot.timeline().flushes().0, 2);
+    let points = snapshot.flush_points(Lsn::MAX, 8).unwrap();
+    assert_eq!(points.iter().map(|point| point.lsn).collect::<Vec<_>>(), [Lsn(6), Lsn(5)]);
+}
+
+#[test]
 fn a_refused_message_leaves_the_log_in_use() {
     let mut bench = Bench::new();
     let mut peer = in_sync(&mut bench);
