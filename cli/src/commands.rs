@@ -34,6 +34,7 @@ pub(crate) mod scrub;
 pub(crate) mod status;
 pub(crate) mod stream_tls;
 pub(crate) mod support_bundle;
+pub(crate) mod until_complete;
 pub(crate) mod up;
 pub(crate) mod verify;
 pub(crate) mod wait;

@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex};
 
 use backtide_agent_api::{AgentStatus, DiskStatus};
+use backtide_control::Address;
 use clap::Parser;
 use serde_json::Value;
 use tokio::{
@@ -66,9 +67,14 @@ impl PlayedAgent {
         Self::answering(disks.into_iter().map(shown).collect::<Vec<_>>())
     }
 
+    /// Where it is asked. What it answers may as well be a receiver's words.
+    pub(crate) fn address(&self) -> Address {
+        Address::unix(self.directory.path().join("agent.sock"))
+    }
+
     /// Of a command that is given its address.
     pub(crate) fn context(&self) -> Context {
-        let address = format!("unix:{}", self.directory.path().join("agent.sock").display());
+        let address = self.address().to_string();
         Context::new(&Arguments::try_parse_from(["backtide", "--agent", &address, "status"]).unwrap())
     }
 

@@ -116,7 +116,7 @@ pub(crate) struct Policy {
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     bitmap: Option<ByteCount>,
     /// With --on-outage continue, how long the guest waits for a receiver that is silent before that
-    /// counts as an outage, in milliseconds [default: 5000]
+    /// counts as an outage, in milliseconds, 1 or more [default: 5000]
     #[arg(long, value_name = "MS")]
     outage_after: Option<u32>,
     /// The extents of the activity log that stay hot: about so many have to be compared after a
@@ -219,37 +219,7 @@ impl Attach {
         let disk = first_contact(&agent, attached).await?;
         refuse_strange(&agent, &disk).await?;
         context.print(&disk, || disk_text(&disk))?;
-        if let Some(trouble) = &disk.local_error {
-            context.warn(&format!("the image of disk {}: {trouble}", disk.name.as_str()));
-        }
-        match &disk.last_error {
-            Some(error) if !disk.connected => {
-                let (what, until) = match error.code == "unreachable" {
-                    true => ("is not there", "is"),
-                    false => ("does not take it", "does"),
-                };
-                context.warn(&format!(
-                    "disk {} is attached, but its receiver at {} {what}: {}; {} until it {until}",
-                    disk.name.as_str(),
-                    disk.receiver,
-                    error.message,
-                    meanwhile(&disk)
-                ));
-                Ok(Ending::Warnings)
-            }
-            None if !disk.connected && disk.mode != Mode::Paused => {
-                context.warn(&format!(
-                    "disk {} is attached, but its receiver at {} has not answered for {} s; {} until it does",
-                    disk.name.as_str(),
-                    disk.receiver,
-                    FIRST_CONTACT.as_secs(),
-                    meanwhile(&disk)
-                ));
-                Ok(Ending::Warnings)
-            }
-            Some(_) | None if disk.local_error.is_some() => Ok(Ending::Warnings),
-            Some(_) | None => Ok(Ending::Done),
-        }
+        Ok(attached_ending(context, &disk))
     }
 }
 
@@ -356,6 +326,46 @@ pub(crate) async fn first_contact(agent: &AgentClient, attached: DiskStatus) -> 
         disk = agent.disk(&disk.name).await?;
     }
     Ok(disk)
+}
+
+/// How a command ends that has a disk attached: with warnings, which it gives, when that is not protected yet or its image is
+/// in trouble.
+pub(crate) fn attached_ending(context: &Context, disk: &DiskStatus) -> Ending {
+    if disk.mode == Mode::Detached {
+        context.warn(&format!("disk {} is not attached: {}", disk.name.as_str(), disk.reason));
+        return Ending::Warnings;
+    }
+    if let Some(trouble) = &disk.local_error {
+        context.warn(&format!("the image of disk {}: {trouble}", disk.name.as_str()));
+    }
+    match &disk.last_error {
+        Some(error) if !disk.connected => {
+            let (what, until) = match error.code == "unreachable" {
+                true => ("is not there", "is"),
+                false => ("does not take it", "does"),
+            };
+            context.warn(&format!(
+                "disk {} is attached, but its receiver at {} {what}: {}; {} until it {until}",
+                disk.name.as_str(),
+                disk.receiver,
+                error.message,
+                meanwhile(disk)
+            ));
+            Ending::Warnings
+        }
+        None if !disk.connected && disk.mode != Mode::Paused => {
+            context.warn(&format!(
+                "disk {} is attached, but its receiver at {} has not answered for {} s; {} until it does",
+                disk.name.as_str(),
+                disk.receiver,
+                FIRST_CONTACT.as_secs(),
+                meanwhile(disk)
+            ));
+            Ending::Warnings
+        }
+        Some(_) | None if disk.local_error.is_some() => Ending::Warnings,
+        Some(_) | None => Ending::Done,
+    }
 }
 
 /// The agent has another working directory than this command, so paths go to it absolute.

@@ -11,8 +11,8 @@ use clap::Args;
 use crate::{
     arguments::ReceiverApi,
     commands::{
-        attach::{adopted_of, first_contact, keep},
-        rewind::until_complete,
+        attach::{adopted_of, attached_ending, first_contact, keep},
+        until_complete::until_complete,
     },
     confirm::confirm,
     context::Context,
@@ -65,7 +65,8 @@ impl Failback {
         if plan.here_already {
             return self.goes_on(context, &agent, plan).await;
         }
-        // An agent that has just detached it may not have said good-bye yet.
+        // The plan may have taken minutes. An agent that has just detached the disk may not have said good-bye yet.
+        disk = look_at(&receiver, &self.name).await?;
         let until = Instant::now() + GOODBYE_TIME;
         while disk.connected && !self.force {
             if Instant::now() >= until {
@@ -80,18 +81,19 @@ impl Failback {
         } else {
             confirm(context, &what).await?;
         }
+        // Nobody has agreed to fence whoever came while it was asked, nor was told that anybody is there.
+        disk = look_at(&receiver, &self.name).await?;
+        if disk.connected && !self.force {
+            return Err(still_there(&disk));
+        }
         request.dry_run = false;
         keep(context, &disk, "--ack", &mut request.ack, disk.ack.as_deref());
         keep(context, &disk, "--on-outage", &mut request.on_outage, disk.on_outage.as_deref());
+        context.goes_on_at_agent(&disk.name);
         let mut report = agent.failback(&disk.name, &request).await?;
-        if let Some(attached) = report.disk.take() {
-            report.disk = Some(first_contact(&agent, attached).await?);
-        }
-        if self.wait {
-            report.disk = Some(until_complete(context, &agent, &disk.name).await?);
-        }
+        let ending = self.settled(context, &agent, &mut report).await?;
         context.print(&report, || report_text(&disk, &report))?;
-        Ok(Ending::Done)
+        Ok(ending)
     }
 }
 
@@ -103,11 +105,24 @@ impl Failback {
         agent: &AgentClient,
         mut report: FailbackReport,
     ) -> Result<Ending, Failure> {
+        let ending = self.settled(context, agent, &mut report).await?;
+        context.print(&report, || here_text(&self.name, &report))?;
+        Ok(ending)
+    }
+
+    /// Waits for as much as was asked for, and has the report tell how the disk is then. That may not be protected.
+    async fn settled(
+        &self,
+        context: &Context,
+        agent: &AgentClient,
+        report: &mut FailbackReport,
+    ) -> Result<Ending, Failure> {
         if self.wait {
             report.disk = Some(until_complete(context, agent, &self.name).await?);
         }
-        context.print(&report, || here_text(&self.name, &report))?;
-        Ok(Ending::Done)
+        let Some(disk) = report.disk.take() else { return Ok(Ending::Done) };
+        let disk = report.disk.insert(first_contact(agent, disk).await?);
+        Ok(attached_ending(context, disk))
     }
 }
 
@@ -195,9 +210,15 @@ fn report_text(disk: &ReceiverDisk, report: &FailbackReport) -> String {
 
 #[cfg(test)]
 mod tests {
-    use backtide_units::{ByteCount, CaptureTime, Lsn};
+    use backtide_agent_api::{DiskStatus, PeerError};
+    use backtide_units::{ByteCount, CaptureTime, DiskId, HistoryId, Lsn};
+    use serde_json::json;
 
     use super::*;
+    use crate::{
+        output::status::tests::in_sync,
+        played_agent::{Answer, PlayedAgent},
+    };
 
     fn plan() -> FailbackReport {
         FailbackReport {
@@ -223,6 +244,72 @@ mod tests {
             let text = losses(&FailbackReport { everything_because, lost_bytes, ..plan() });
             assert_eq!((text.contains(why), text.contains("OVERWRITTEN")), (told, true), "{text}");
             assert!(text.contains("1048576 bytes"), "{text}");
+        }
+    }
+
+    /// The receiver's words about the disk.
+    fn told(connected: bool) -> Answer {
+        let disk = json!({
+            "name": "vm1", "uuid": DiskId::random(), "size": 1 << 20, "history": HistoryId::random(), "epoch": 9,
+            "connected": connected, "in_pass": false, "received": 90, "durable": 90, "last_time": null,
+            "log_bytes": 0, "segments": 1, "error": null,
+        });
+        Some((200, json!({ "disks": [disk] })))
+    }
+
+    fn failback(receiver: &PlayedAgent) -> Failback {
+        let receiver_api = Some(receiver.address());
+        Failback {
+            name: "vm1".parse().unwrap(),
+            receiver: None,
+            force: false,
+            yes: true,
+            wait: false,
+            receiver_api,
+        }
+    }
+
+    fn answer(report: &FailbackReport) -> Answer {
+        Some((200, serde_json::to_value(report).unwrap()))
+    }
+
+    #[tokio::test]
+    async fn whoever_comes_while_it_is_planned_or_asked_for_is_not_fenced() {
+        for looks_before in [1, 2] {
+            let looks = std::iter::repeat_n(told(false), looks_before);
+            let receiver = PlayedAgent::answering(looks.chain(std::iter::repeat(told(true))));
+            // It would go on with the second one.
+            let agent = PlayedAgent::answering([answer(&plan()), answer(&plan())]);
+            let context = agent.context();
+            let ended = failback(&receiver).run(&context).await;
+            let Err(Failure::Error(error)) = ended else { panic!("{ended:?}") };
+            assert_eq!((error.code, agent.calls().len()), (ErrorCode::Busy, 1), "{error}");
+            assert!(error.message.contains("an agent is connected with disk vm1"), "{error}");
+            assert_eq!(context.at_agent(), None, "nothing was begun");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_disk_that_is_back_and_not_protected_is_a_warning() {
+        let away = DiskStatus {
+            connected: false,
+            last_error: Some(PeerError {
+                code: "unreachable".to_owned(),
+                message: "connection refused".to_owned(),
+                time: CaptureTime(5),
+            }),
+            ..in_sync()
+        };
+        for (disk, ending) in [(away, Ending::Warnings), (in_sync(), Ending::Done)] {
+            let receiver = PlayedAgent::answering([told(false), told(false), told(false)]);
+            let done = FailbackReport { disk: Some(disk.clone()), ..plan() };
+            let agent = PlayedAgent::answering([answer(&plan()), answer(&done)]);
+            let context = agent.context();
+            assert_eq!(failback(&receiver).run(&context).await.unwrap(), ending);
+            assert!(context.at_agent().is_some(), "an interrupted one says that the agent goes on");
+            let receiver = PlayedAgent::answering([told(false)]);
+            let agent = PlayedAgent::answering([answer(&FailbackReport { here_already: true, ..done })]);
+            assert_eq!(failback(&receiver).run(&agent.context()).await.unwrap(), ending);
         }
     }
 }

@@ -11,7 +11,9 @@ use clap::Args;
 use crate::{
     arguments::ReceiverApi,
     commands::{
-        attach::{Policy, absolute_image, adopted_of, first_contact, image_format, keep_ack},
+        attach::{
+            Policy, absolute_image, adopted_of, attached_ending, first_contact, image_format, keep_ack,
+        },
         stream_tls::absolute_folder,
     },
     confirm::confirm,
@@ -86,7 +88,7 @@ impl Failover {
         let attached = agent.attach(&request).await?;
         let attached = first_contact(&agent, attached).await?;
         context.print(&attached, || disk_text(&attached))?;
-        Ok(Ending::Done)
+        Ok(attached_ending(context, &attached))
     }
 }
 

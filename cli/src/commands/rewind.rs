@@ -12,11 +12,11 @@ use serde::Serialize;
 
 use crate::{
     arguments::ReceiverApi,
-    commands::{Stop, attach::POLL, wait::in_sync},
+    commands::{Stop, until_complete::until_complete, wait::in_sync},
     confirm::confirm,
     context::Context,
     ending::{Ending, Failure},
-    output::{progress::Progress, status::way_out},
+    output::status::way_out,
     qmp::{Qmp, ServerPlace},
     quantity::{count_text, duration_text, size_both, time_text},
 };
@@ -332,53 +332,6 @@ fn in_use(disk: &DiskStatus) -> Failure {
     ApiError::new(ErrorCode::Busy, message)
         .with_hint("shut the virtual machine down first, or give its QMP socket with --live --qmp: it is paused then, and reset afterwards")
         .into()
-}
-
-/// The disk when nothing of it is missing any more.
-pub(crate) async fn until_complete(
-    context: &Context,
-    agent: &AgentClient,
-    name: &DiskName,
-) -> Result<DiskStatus, Failure> {
-    let agent = agent.at_length();
-    let mut progress = Progress::new(context, "fetched");
-    let mut told = None;
-    loop {
-        let disk = agent.disk(name).await?;
-        // What it lacks is not known then; the agent tries to attach it again.
-        if disk.mode == Mode::Detached {
-            let why = Some(format!("disk {} is not attached: {}", name.as_str(), disk.reason));
-            if why != told {
-                context.warn(why.as_deref().unwrap_or_default());
-                told = why;
-            }
-            tokio::time::sleep(POLL).await;
-            continue;
-        }
-        let Some(hydration) = &disk.hydration else {
-            progress.end();
-            return Ok(disk);
-        };
-        if !hydration.damaged_bytes.is_zero() && hydration.damaged_bytes == hydration.missing_bytes {
-            let message = format!(
-                "{} of disk {} cannot be had: that is damaged at the receiver",
-                size_both(hydration.damaged_bytes),
-                name.as_str()
-            );
-            let hint = format!(
-                "its guest can write there; `backtide rewind {} --to POINT --force` sets it to another point",
-                name.as_str()
-            );
-            return Err(ApiError::new(ErrorCode::Damaged, message).with_hint(hint).into());
-        }
-        if hydration.trouble.is_some() && hydration.trouble != told {
-            told.clone_from(&hydration.trouble);
-            context.warn(told.as_deref().unwrap_or_default());
-        }
-        let done = hydration.total_bytes.0.saturating_sub(hydration.missing_bytes.0);
-        progress.at(ByteCount(done), hydration.total_bytes);
-        tokio::time::sleep(POLL).await;
-    }
 }
 
 fn plan_text(disk: &DiskStatus, diff: &DiffReport, force: bool) -> String {
