@@ -162,11 +162,13 @@ async fn restore_mounted(
 ) -> Result<Report, Failure> {
     let begun = Instant::now();
     let goal = Goal { disk: mount.disk.uuid, lsn: mount.lsn, size: mount.size };
+    // Before the target is looked at, which can take longer than the receiver keeps a mount for a client that has not come;
+    // and before a partial file is in our hands, which goes with a target that is given up.
+    let source = mounted::connect(mount).await?;
     let leftover = take(context, what.output, &goal)?;
     let goes_on = leftover.is_some();
     let wanted = Wanted { goal, force: what.force, only_changed: what.only_changed, leftover };
     let target = Target::open(what.output, wanted).await?;
-    let source = mounted::connect(mount).await?;
     // A part of what is needed is there already then. Who forces it may know of zeroes that a guest wrote, and that take no room.
     if !goes_on && !what.force {
         refuse_no_room(&source, &target).await?;
@@ -237,4 +239,73 @@ fn report_text(report: &Report) -> String {
         duration_text(report.seconds),
         if report.verified { ", verified" } else { ", not verified" }
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use backtide_receiver_api::DiskRef;
+    use tokio::net::UnixListener;
+
+    use super::*;
+    use crate::played_agent::PlayedAgent;
+
+    const SIZE: ByteCount = ByteCount(1 << 20);
+
+    fn mount(socket: &std::path::Path) -> Mount {
+        Mount {
+            id: "vm1-1".to_owned(),
+            disk: DiskRef { name: "vm1".parse().unwrap(), uuid: DiskId::random(), size: SIZE },
+            uri: format!("nbd+unix:///vm1-1?socket={}", socket.display()),
+            lsn: Lsn(7),
+            time: CaptureTime(5),
+            size: SIZE,
+            mounted: CaptureTime(6),
+            clients: 0,
+            overlay: None,
+            changed_since: None,
+            warning: None,
+        }
+    }
+
+    #[tokio::test]
+    async fn what_an_earlier_restore_has_done_outlives_a_mount_that_cannot_be_reached() {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("nbd.sock");
+        // It was there: nobody accepts any more.
+        drop(UnixListener::bind(&socket).unwrap());
+        let mount = mount(&socket);
+        let output = directory.path().join("out.img");
+        let output = output.to_str().unwrap();
+        let goal = Goal { disk: mount.disk.uuid, lsn: mount.lsn, size: mount.size };
+        let wanted = Wanted { goal, force: false, only_changed: false, leftover: None };
+        let target = Target::open(output, wanted).await.unwrap();
+        // As when it is killed.
+        target.leave();
+        drop(target);
+        let names = || {
+            let entries = std::fs::read_dir(directory.path()).unwrap();
+            let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name()).collect();
+            names.sort();
+            names
+        };
+        let before = names();
+        assert_eq!(before.len(), 3, "the socket, a partial file and its notes: {before:?}");
+
+        let answer = serde_json::to_value(&mount).unwrap();
+        let receiver = PlayedAgent::answering([Some((200, answer.clone())), Some((200, answer))]);
+        let client = ReceiverClient::new(&receiver.address()).unwrap();
+        let request = MountRequest {
+            name: "vm1".parse().unwrap(),
+            at: "lsn:7".to_owned(),
+            nbd: None,
+            temporary: true,
+            writable: false,
+            changed_since: None,
+        };
+        let what = What { output, force: false, only_changed: false, around_damage: false, verify: true };
+        let ended = restore(&receiver.context(), &client, &request, what, std::future::pending::<()>()).await;
+        let Err(Failure::Error(error)) = ended else { panic!("{ended:?}") };
+        assert_eq!(error.code, ErrorCode::Unreachable, "{error}");
+        assert_eq!(names(), before);
+    }
 }
