@@ -2,7 +2,7 @@
 
 mod support;
 
-use support::{Bench, Daemon, same, tool};
+use support::{Bench, Daemon, exit_code, same, signal, tool};
 
 const SIZE: u64 = 32 << 20;
 
@@ -151,4 +151,20 @@ fn an_up_that_cannot_say_where_the_disk_is_fails() {
     let ended = command.stdout(full).output().unwrap();
     assert_eq!(ended.status.code(), Some(1), "{ended:?}");
     assert!(String::from_utf8_lossy(&ended.stderr).contains("stdout"), "{ended:?}");
+}
+
+#[test]
+fn an_up_whose_image_does_not_answer_can_be_interrupted() {
+    let bench = Bench::new();
+    // Whoever connects is accepted, and hears nothing.
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let image = format!("nbd://{}/vm1", silent.local_addr().unwrap());
+    let directory = bench.path("d");
+    let mut command = bench.command(&["up", &image, "--dir", directory.to_str().unwrap()]);
+    let child = command.stdout(std::process::Stdio::piped()).spawn().unwrap();
+    let _held = silent.accept().unwrap();
+    signal(&child, "INT");
+    let ended = child.wait_with_output().unwrap();
+    assert_eq!((exit_code(ended.status), ended.stdout.len()), (130, 0));
+    assert!(!directory.exists(), "nothing was ever protected in it");
 }

@@ -1,6 +1,7 @@
 //! `backtide up`: protect one image with everything in this process.
 
 use std::{
+    io::{self, Write},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -84,18 +85,19 @@ impl Up {
             None => context.places().up()?.join(name.as_str()),
         };
         prepare(context, "warn", THREADS_APART);
-        let is_new = !directory.exists();
         let mut local = Local::at(&directory)?.with_nbd_tls(nbd_tls);
         claim(local.directory(), &image)?;
         let request = self.policy.request(name, image, local.stream(), self.nbd);
-        let result = match begin(&mut local, &request, has_tls).await {
+        // An image on storage that stands still holds it up for as long as that does.
+        let begun = tokio::select! {
+            begun = begin(&mut local, &request, has_tls) => begun,
+            () = stop.asked() => Err(Failure::Interrupted),
+        };
+        let result = match begun {
             Ok((agent, disk)) => serve(context, &local, &agent, disk, &request, &mut stop).await,
             Err(failure) => {
                 local.stop().await;
-                if is_new {
-                    // Made just now, and nothing was ever protected in it.
-                    let _ = std::fs::remove_dir_all(local.directory());
-                }
+                local.remove_unused();
                 return Err(failure);
             }
         };
@@ -235,14 +237,10 @@ async fn detach(context: &Context, agent: &AgentClient, name: &DiskName) -> Resu
 /// A directory keeps the history of one image.
 fn claim(directory: &Path, image: &str) -> Result<(), Failure> {
     let path = directory.join("up.json");
-    let text = match std::fs::read(&path) {
-        Ok(text) => text,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            let belongs = serde_json::json!({ "image": image }).to_string();
-            return std::fs::write(&path, belongs).map_err(|error| io_failure(path.display(), &error));
-        }
-        Err(error) => return Err(io_failure(path.display(), &error)),
-    };
+    if !path.exists() {
+        claim_first(directory, &path, image).map_err(|error| io_failure(path.display(), &error))?;
+    }
+    let text = std::fs::read(&path).map_err(|error| io_failure(path.display(), &error))?;
     let belongs: Belongs = serde_json::from_slice(&text)
         .map_err(|error| failed(format!("{} cannot be read: {error}", path.display())))?;
     if belongs.image == image {
@@ -250,6 +248,16 @@ fn claim(directory: &Path, image: &str) -> Result<(), Failure> {
     }
     let message = format!("{} keeps the history of {}, not of {image}", directory.display(), belongs.image);
     Err(ApiError::new(ErrorCode::Refused, message).with_hint("give another directory with --dir").into())
+}
+
+/// Of several at once the first one has it, and nobody reads half of what that writes.
+fn claim_first(directory: &Path, path: &Path, image: &str) -> io::Result<()> {
+    let mut file = tempfile::NamedTempFile::new_in(directory)?;
+    file.write_all(serde_json::json!({ "image": image }).to_string().as_bytes())?;
+    match file.persist_noclobber(path) {
+        Err(error) if error.error.kind() != io::ErrorKind::AlreadyExists => Err(error.error),
+        Ok(_) | Err(_) => Ok(()),
+    }
 }
 
 /// A name out of the image's file name.
