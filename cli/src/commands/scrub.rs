@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use backtide_control::ErrorCode;
+use backtide_control::{ApiError, ErrorCode};
 use backtide_receiver_api::{ScrubRequest, ScrubStatus};
-use backtide_units::{ByteCount, DiskName};
+use backtide_units::{ByteCount, CaptureTime, DiskName};
 use clap::Args;
 
 use crate::{
@@ -15,7 +15,7 @@ use crate::{
         checks::{disks_text, overlays_text, problems_text},
         progress::Progress,
     },
-    quantity::parse_size,
+    quantity::{parse_size, time_text},
 };
 
 /// How often the receiver is asked how far it is.
@@ -57,10 +57,14 @@ impl Scrub {
         if !self.last && !self.no_wait {
             let receiver = receiver.at_length();
             let mut progress = Progress::new(context, "scrubbed");
+            let started = status.started;
             while status.running {
                 progress.at(status.done_bytes, status.total_bytes);
                 tokio::time::sleep(ASK_EVERY).await;
                 status = receiver.scrub_status().await?;
+                if status.started != started {
+                    return Err(replaced(started, &status));
+                }
             }
             progress.end();
         }
@@ -72,6 +76,18 @@ impl Scrub {
             (true, false) => Ending::Done,
         })
     }
+}
+
+/// The receiver tells of one scrub only. What another one finds is no answer to this one.
+fn replaced(started: CaptureTime, other: &ScrubStatus) -> Failure {
+    let message = format!(
+        "the scrub that began at {} has ended, and what it found is not told any more: another one began at {}",
+        time_text(started),
+        time_text(other.started)
+    );
+    let hint =
+        "`backtide scrub --last` shows that one, and `backtide receiver status` what is known to be damaged";
+    ApiError::new(ErrorCode::Failed, message).with_hint(hint).into()
 }
 
 fn text(status: &ScrubStatus) -> String {
@@ -89,4 +105,47 @@ fn text(status: &ScrubStatus) -> String {
         .to_owned(),
     );
     lines.join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::played_agent::{Answer, PlayedAgent};
+
+    fn told(started: u64, running: bool, cancelled: bool) -> Answer {
+        let status = ScrubStatus {
+            running,
+            cancelled,
+            started: CaptureTime(started),
+            ended: (!running).then_some(CaptureTime(started + 1)),
+            done_bytes: ByteCount(1),
+            total_bytes: ByteCount(2),
+            bytes_per_second_max: ByteCount::ZERO,
+            disks: Vec::new(),
+            overlays: Vec::new(),
+            damage: Vec::new(),
+            sound: true,
+        };
+        Some((200, serde_json::to_value(status).unwrap()))
+    }
+
+    async fn scrub(cancel: bool, answers: [Answer; 3]) -> Result<Ending, Failure> {
+        let receiver = PlayedAgent::answering(answers);
+        let api = ReceiverApi { receiver: Some(receiver.address()) };
+        let scrub = Scrub { name: None, rate: None, no_wait: false, last: false, cancel, api };
+        scrub.run(&receiver.context()).await
+    }
+
+    #[tokio::test]
+    async fn another_scrub_is_not_waited_for_nor_taken_for_the_own_one() {
+        for (cancel, other_runs) in [(false, false), (false, true), (true, false), (true, true)] {
+            let own = || told(5, true, cancel);
+            let ended = scrub(cancel, [own(), own(), told(9, other_runs, false)]).await;
+            let Err(Failure::Error(error)) = ended else { panic!("{ended:?}") };
+            assert_eq!(error.code, ErrorCode::Failed);
+            assert!(error.message.contains("another one began"), "{error}");
+            let ended = scrub(cancel, [own(), own(), told(5, false, cancel)]).await;
+            assert_eq!(ended.unwrap(), Ending::Done);
+        }
+    }
 }
