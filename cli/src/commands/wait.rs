@@ -7,6 +7,7 @@ use backtide_control::{ApiError, ErrorCode};
 use backtide_receiver_api::{AroundReport, ReceiverClient};
 use backtide_units::{DiskName, Lsn};
 use clap::{Args, ValueEnum};
+use tokio::sync::Notify;
 
 use crate::{
     arguments::ReceiverApi,
@@ -16,6 +17,9 @@ use crate::{
     output::{progress::Progress, status::disk_line},
     quantity::{duration_text, parse_duration},
 };
+
+/// How long a first look may take, however short the bound is: who does not answer for so long is not there.
+const FIRST_LOOK: Duration = Duration::from_secs(5);
 
 /// `backtide wait`
 #[derive(Args, Debug)]
@@ -119,7 +123,7 @@ pub(crate) async fn until_it(
     timeout: Option<Duration>,
 ) -> Result<DiskStatus, Failure> {
     let agent = agent.at_length();
-    let mut last = None;
+    let (mut last, looked) = (None, Notify::new());
     let waiting = async {
         let mut progress = Progress::new(context, "resynchronized");
         loop {
@@ -131,10 +135,11 @@ pub(crate) async fn until_it(
             if let Some(resync) = &disk.resync {
                 progress.at(resync.done_bytes, resync.total_bytes);
             }
+            looked.notify_one();
             tokio::time::sleep(POLL).await;
         }
     };
-    match within(timeout, waiting).await {
+    match within(timeout, &looked, waiting).await {
         Some(result) => result,
         None => {
             let now = last.map_or_else(|| "the agent does not answer".to_owned(), |disk| disk_line(&disk));
@@ -149,7 +154,7 @@ async fn until_point(
     at: &str,
     timeout: Option<Duration>,
 ) -> Result<backtide_receiver_api::ResolvedPoint, Failure> {
-    let mut why = "the receiver does not answer".to_owned();
+    let (mut why, looked) = ("the receiver does not answer".to_owned(), Notify::new());
     let waiting = async {
         loop {
             match receiver.resolve(name, at).await {
@@ -163,10 +168,11 @@ async fn until_point(
                 }
                 Err(error) => return Err(Failure::from(error)),
             }
+            looked.notify_one();
             tokio::time::sleep(POLL).await;
         }
     };
-    match within(timeout, waiting).await {
+    match within(timeout, &looked, waiting).await {
         Some(result) => result,
         None => Err(timed_out(timeout, &why)),
     }
@@ -184,10 +190,17 @@ fn whether_whole(context: &Context, around: &AroundReport, lsn: Lsn) -> Ending {
     Ending::Found(ErrorCode::Damaged)
 }
 
-async fn within<T>(timeout: Option<Duration>, work: impl Future<Output = T>) -> Option<T> {
-    match timeout {
-        Some(timeout) => tokio::time::timeout(timeout, work).await.ok(),
-        None => Some(work.await),
+/// What `work` gives within `timeout`. It tells when it has `looked`: a bound that is shorter than a look takes lets it have one.
+async fn within<T>(timeout: Option<Duration>, looked: &Notify, work: impl Future<Output = T>) -> Option<T> {
+    let Some(timeout) = timeout else { return Some(work.await) };
+    let bound = async {
+        tokio::time::sleep(timeout).await;
+        let _ = tokio::time::timeout(FIRST_LOOK.saturating_sub(timeout), looked.notified()).await;
+    };
+    tokio::select! {
+        biased;
+        done = work => Some(done),
+        () = bound => None,
     }
 }
 
@@ -202,7 +215,10 @@ mod tests {
     use backtide_units::{BlockCount, ByteCount};
 
     use super::*;
-    use crate::{output::status::tests::in_sync as in_sync_disk, played_agent::PlayedAgent};
+    use crate::{
+        output::status::tests::in_sync as in_sync_disk,
+        played_agent::{PlayedAgent, status_of},
+    };
 
     /// As the agent shows it of a disk that it has heard of nothing since.
     fn of_then(disk: DiskStatus) -> [DiskStatus; 2] {
@@ -251,5 +267,28 @@ mod tests {
             ],
         )
         .await;
+    }
+
+    /// An agent whose answer does not come at once.
+    fn shown_late(disk: DiskStatus) -> PlayedAgent {
+        let mut shown = Some((200, serde_json::to_value(status_of("one", vec![disk])).unwrap()));
+        PlayedAgent::answering(std::iter::from_fn(move || {
+            std::thread::sleep(Duration::from_millis(50));
+            shown.take().map(Some)
+        }))
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_bound_of_nothing_is_one_look() {
+        for state in [State::Sync, State::Connected, State::Durable] {
+            let wait = || Wait { timeout: Some(Duration::ZERO), ..waiting(state) };
+            let agent = shown_late(in_sync_disk());
+            assert_eq!(wait().run(&agent.context()).await.unwrap(), Ending::Done, "{state:?}");
+            let away = DiskStatus { mode: Mode::Tracking, connected: false, ..in_sync_disk() };
+            let agent = shown_late(away);
+            let ended = wait().run(&agent.context()).await;
+            let Err(Failure::Error(error)) = ended else { panic!("{ended:?}") };
+            assert!(error.message.contains("in vain: vm1  tracking"), "{error}");
+        }
     }
 }
