@@ -150,7 +150,7 @@ pub struct LimitsRequest {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bitmap_bytes: Option<ByteCount>,
     /// How long a guest waits for a silent receiver, where the policy makes it wait and `on_outage` is
-    /// `continue`, in milliseconds.
+    /// `continue`, in milliseconds: 1 or more.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub outage_after_ms: Option<u32>,
     /// Extents that stay hot in the activity log; 0 = none is kept, and a crash means comparing all.
@@ -230,6 +230,12 @@ impl LimitsRequest {
         }
         if below(self.bitmap_bytes, BITMAP_BYTES_MIN) {
             return Err("the bitmap of changed blocks needs at least 1 MiB".to_owned());
+        }
+        if self.outage_after_ms == Some(0) {
+            // No flush would wait for the receiver, whatever the policy promises.
+            return Err("a guest that waits for a silent receiver (outage after) cannot do so for 0 ms: let it wait for 1 ms or \
+                        more, or not at all with --ack local, or as long as it takes with --on-outage block"
+                .to_owned());
         }
         let extent = self.activity_extent_bytes;
         let wrong = |bytes: ByteCount| bytes.0 > EXTENT_BYTES_MAX || !bytes.0.is_multiple_of(4096);
@@ -354,6 +360,7 @@ mod tests {
             (r#"{"window_bytes":0}"#, "window"),
             (r#"{"resync_buffer_bytes":0}"#, "resync buffer"),
             (r#"{"bitmap_bytes":1048575}"#, "bitmap"),
+            (r#"{"outage_after_ms":0}"#, "--on-outage block"),
             (r#"{"activity_extent_bytes":32768}"#, "extent"),
             (r#"{"activity_extent_bytes":65537}"#, "extent"),
             (r#"{"activity_extent_bytes":17592186048512}"#, "extent"),
@@ -361,7 +368,7 @@ mod tests {
             let limits: LimitsRequest = serde_json::from_str(limits).unwrap();
             assert!(limits.check().unwrap_err().contains(part), "{limits:?}");
         }
-        let least = r#"{"window_bytes":1,"resync_buffer_bytes":1,"bitmap_bytes":1048576,"activity_extent_bytes":65536,"guest_delay_max_ms":0}"#;
+        let least = r#"{"window_bytes":1,"resync_buffer_bytes":1,"bitmap_bytes":1048576,"activity_extent_bytes":65536,"guest_delay_max_ms":0,"outage_after_ms":1}"#;
         assert_eq!(serde_json::from_str::<LimitsRequest>(least).unwrap().check(), Ok(()));
     }
 

@@ -352,6 +352,7 @@ pub(crate) fn limits_text(limits: &Limits) -> String {
         ("resync", rate),
         ("adds to the guest's latency", latency),
         ("a full window delays the guest", delay),
+        ("silence is an outage", format!("after {} ms", limits.outage_after_ms)),
         ("window", size_text(limits.window_bytes)),
         ("resync buffer", size_text(limits.resync_buffer_bytes)),
         ("bitmap", size_text(limits.bitmap_bytes)),
