@@ -195,12 +195,13 @@ impl AgentClient {
         self.client.at_length().post("/v1/marks", request).await
     }
 
-    /// Serves a point of a disk on the agent's host.
+    /// Serves a point of a disk on the agent's host. Followed as a [rewind](Self::rewind), as all that is done with mounts.
     ///
     /// # Errors
     /// As [`AgentClient::status`].
     pub async fn mount(&self, request: &AgentMountRequest) -> Result<AgentMount, ApiError> {
-        self.client.at_length().post("/v1/mounts", request).await
+        let client = self.client.at_length();
+        followed(&client, client.post("/v1/mounts", request).await).await
     }
 
     /// What is served so.
@@ -242,7 +243,8 @@ impl AgentClient {
     }
 
     async fn end_mount(&self, id: &str, query: &str) -> Result<AgentMount, ApiError> {
-        self.client.at_length().delete(&format!("/v1/mounts/{}{query}", mount_id(id)?)).await
+        let client = self.client.at_length();
+        followed(&client, client.delete(&format!("/v1/mounts/{}{query}", mount_id(id)?)).await).await
     }
 
     /// Serves an overlay again that was kept.
@@ -250,7 +252,8 @@ impl AgentClient {
     /// # Errors
     /// As [`AgentClient::status`].
     pub async fn remount(&self, id: &str, request: &AgentRemountRequest) -> Result<AgentMount, ApiError> {
-        self.client.at_length().post(&format!("/v1/overlays/{}/mount", mount_id(id)?), request).await
+        let client = self.client.at_length();
+        followed(&client, client.post(&format!("/v1/overlays/{}/mount", mount_id(id)?), request).await).await
     }
 
     /// Removes an overlay that is not served.
@@ -258,7 +261,8 @@ impl AgentClient {
     /// # Errors
     /// As [`AgentClient::status`].
     pub async fn discard(&self, id: &str) -> Result<AgentKeptOverlay, ApiError> {
-        self.client.at_length().delete(&format!("/v1/overlays/{}", mount_id(id)?)).await
+        let client = self.client.at_length();
+        followed(&client, client.delete(&format!("/v1/overlays/{}", mount_id(id)?)).await).await
     }
 
     /// Begins a verify.

@@ -10,11 +10,12 @@ use crate::{
     AGENT, AckPolicy, Adopted, AgentCache, AgentClient, AgentKeptOverlay, AgentMount, AgentMountRequest,
     AgentMounts, AgentOverlay, AgentOverlayFate, AgentRemountRequest, AgentService, AgentStatus,
     AgentUnmountRequest, AttachRequest, CacheMode, Counters, DetachRequest, Dirty, DiskMark, DiskStatus,
-    FailbackReport, FailbackRequest, GoesOn, HydrationKind, HydrationStatus, Lag, Limits, LimitsChange,
-    LimitsRequest, LsnStatus, MarkReport, MarkRequest, MarkState, Mode, OnOutage, ResizeReport,
-    ResizeRequest, ResyncExtent, ResyncRequest, RewindReport, RewindRequest, VerifyRequest, VerifyState,
-    VerifyStatus, Window, router,
+    FailbackReport, FailbackRequest, GoesOn, Lag, Limits, LimitsChange, LimitsRequest, LsnStatus, MarkReport,
+    MarkRequest, MarkState, Mode, OnOutage, ResizeReport, ResizeRequest, ResyncExtent, ResyncRequest,
+    RewindReport, RewindRequest, VerifyRequest, VerifyState, VerifyStatus, Window, router,
 };
+
+mod under_way;
 
 /// Answers for one disk, `vm1`, and notes every call.
 #[derive(Default)]
@@ -97,6 +98,10 @@ fn goes_on(change: &str, seconds: u64) -> ApiError {
     GoesOn { change: change.to_owned(), seconds }.answer()
 }
 
+fn refuse_slow(is_slow: bool, change: &str) -> Result<(), ApiError> {
+    if is_slow { Err(goes_on(change, 50)) } else { Ok(()) }
+}
+
 fn verify() -> VerifyStatus {
     VerifyStatus {
         disk: name("vm1"),
@@ -113,6 +118,19 @@ fn verify() -> VerifyStatus {
         differing: Vec::new(),
         differing_count: 0,
         error: None,
+    }
+}
+
+fn mount_request() -> AgentMountRequest {
+    AgentMountRequest {
+        disk: DiskId::random(),
+        lsn: Lsn(90),
+        receiver: None,
+        stream_tls: None,
+        changed_since: None,
+        nbd: None,
+        cache_bytes: Some(ByteCount(7)),
+        writable: true,
     }
 }
 
@@ -223,6 +241,8 @@ impl AgentService for Fake {
         match id.as_str() {
             "slow" => return Ok(serde_json::to_value(vm1()).unwrap()),
             "slow-resize" => return Ok(serde_json::to_value(resized()).unwrap()),
+            "slow-mount" => return Ok(serde_json::to_value(mounted()).unwrap()),
+            "slow-discard" => return Ok(serde_json::to_value(kept()).unwrap()),
             _ => {}
         }
         self.note("follow", &name(&id))?;
@@ -278,6 +298,7 @@ impl AgentService for Fake {
 
     async fn mount(&self, request: AgentMountRequest) -> Result<AgentMount, ApiError> {
         let AgentMountRequest { lsn, cache_bytes, writable, .. } = request;
+        refuse_slow(lsn == Lsn(50), "slow-mount")?;
         self.note(&format!("mount {lsn} {cache_bytes:?} {writable}"), &name("vm1"))?;
         Ok(mounted())
     }
@@ -287,15 +308,18 @@ impl AgentService for Fake {
     }
 
     async fn unmount(&self, id: String, request: AgentUnmountRequest) -> Result<AgentMount, ApiError> {
+        refuse_slow(id == "slow", "slow-mount")?;
         let how = format!("unmount {id} {:?} {}", request.overlay, request.force);
         self.note(&how, &name("vm1")).map(|_| mounted())
     }
 
     async fn remount(&self, id: String, request: AgentRemountRequest) -> Result<AgentMount, ApiError> {
+        refuse_slow(id == "slow", "slow-mount")?;
         self.note(&format!("remount {id} {:?}", request.nbd), &name("vm1")).map(|_| mounted())
     }
 
     async fn discard(&self, id: String) -> Result<AgentKeptOverlay, ApiError> {
+        refuse_slow(id == "slow", "slow-discard")?;
         self.note(&format!("discard {id}"), &name("vm1")).map(|_| kept())
     }
 }
@@ -359,17 +383,7 @@ async fn every_call_reaches_its_method_and_comes_back() {
     assert_eq!(client.start_verify(&vm1, VerifyRequest::default()).await.unwrap(), verify());
     assert_eq!(client.verify_status(&vm1).await.unwrap(), verify());
     assert_eq!(client.cancel_verify(&vm1).await.unwrap(), verify());
-    let mount = AgentMountRequest {
-        disk: DiskId::random(),
-        lsn: Lsn(90),
-        receiver: None,
-        stream_tls: None,
-        changed_since: None,
-        nbd: None,
-        cache_bytes: Some(ByteCount(7)),
-        writable: true,
-    };
-    assert_eq!(client.mount(&mount).await.unwrap().id, mounted().id);
+    assert_eq!(client.mount(&mount_request()).await.unwrap().id, mounted().id);
     assert_eq!(client.mounts().await.unwrap().mounts.len(), 1);
     let id = "vm1-0a1b2c3d";
     assert_eq!(client.mounts().await.unwrap().kept[0].id, id);
@@ -438,52 +452,15 @@ async fn changes_that_take_long_are_followed_and_a_strange_question_is_answered(
     assert_eq!(client.detach(&slow).await.unwrap(), vm1());
     let resized = client.resize(&slow, ResizeRequest { size: None, reconnect: false }).await.unwrap();
     assert_eq!(resized.size_before, ByteCount(512));
+    let mount = AgentMountRequest { lsn: Lsn(50), ..mount_request() };
+    assert_eq!(client.mount(&mount).await.unwrap().lsn, Lsn(90));
+    assert_eq!(client.unmount("slow", None).await.unwrap().lsn, Lsn(90));
+    let elsewhere = AgentRemountRequest { nbd: None };
+    assert_eq!(client.remount("slow", &elsewhere).await.unwrap().lsn, Lsn(90));
+    assert_eq!(client.discard("slow").await.unwrap().lsn, Lsn(90));
 
     let raw = backtide_control::Client::new(&address, AGENT).unwrap();
     let answer = raw.delete::<DiskStatus>("/v1/disks/vm1?incomplete=perhaps").await.unwrap_err();
     assert_eq!(answer.code, ErrorCode::Usage, "{answer}");
     serving.abort();
-}
-
-/// A disk that was set back from LSN 90 to 40 and lacks blocks of it.
-fn set_back() -> DiskStatus {
-    let hydration = HydrationStatus {
-        kind: HydrationKind::Rewind,
-        receiver: "unix:/run/backtide/stream.sock".to_owned(),
-        disk: name("vm1"),
-        point: Lsn(40),
-        point_time: CaptureTime(5),
-        before: Some(Lsn(90)),
-        total_bytes: ByteCount(8192),
-        missing_bytes: ByteCount(4096),
-        damaged_bytes: ByteCount(0),
-        fetched_bytes: ByteCount(4096),
-        rate: ByteCount(0),
-        eta_seconds: None,
-        trouble: None,
-        stuck: false,
-        waiting_requests: 0,
-    };
-    let lsn = LsnStatus { last: Lsn(90), received: Lsn(40), durable: Lsn(40) };
-    DiskStatus { hydration: Some(hydration), lsn, counters: Counters::default(), ..vm1() }
-}
-
-#[test]
-fn a_rewind_is_under_way_only_while_nothing_was_written_since() {
-    let is = |passes, last, failed_changes| {
-        let counters = Counters { passes, failed_changes, ..Counters::default() };
-        let lsn = LsnStatus { last: Lsn(last), ..LsnStatus::default() };
-        RewindReport::under_way(&DiskStatus { lsn, counters, ..set_back() }, Lsn(40)).is_some()
-    };
-    assert!(is(0, 90, 0) && is(2, 92, 0), "a pass has an LSN of its own");
-    assert!(!is(0, 91, 0), "a write");
-    assert!(!is(1, 92, 0), "a write, and a pass");
-    assert!(!is(1, 93, 0), "in attaches before, writes or passes");
-    assert!(!is(0, 90, 1), "a write that failed may have changed something");
-    assert!(!is(1, 90, 0), "the agent's state is not what it was");
-    assert_eq!(RewindReport::under_way(&set_back(), Lsn(41)), None, "another point");
-    let silent = DiskStatus { reason_code: "not-answering".to_owned(), ..set_back() };
-    assert_eq!(RewindReport::under_way(&silent, Lsn(40)), None, "that was the case when it answered last");
-    let report = RewindReport::under_way(&set_back(), Lsn(40)).unwrap();
-    assert_eq!((report.from, report.under_way), (Lsn(90), true));
 }
