@@ -2,8 +2,8 @@
 //!
 //! Invariants: an outage has one task that connects again and one deadline that all requests share,
 //! however many wait; after the deadline they fail at once, until the server is back. A server that
-//! comes back gets what the last one had not flushed, before anything else; each step of that has a bound, so that
-//! one which takes connections and answers nothing is never waited for. What it refuses of that is not there, though
+//! comes back gets what the last one had not flushed, before anything else: while it answers, the deadline moves on;
+//! one which takes connections and answers nothing is not waited for. What it refuses of that is not there, though
 //! somebody was told so: the next flush fails, and the blocks are told ([`NbdDisk::forgotten`]). One of another size, or
 //! that takes no writes, is not the disk: it is not used.
 
@@ -35,6 +35,10 @@ struct Shared {
     client: RefCell<Client>,
     /// While the server is away: until when requests wait for it.
     outage: Cell<Option<Instant>>,
+    /// Which outage it is.
+    outages: Cell<u64>,
+    /// The most answers that a server gave in it of what it was to make again.
+    replayed: Cell<u64>,
     /// Why it is away, for people.
     trouble: RefCell<Option<String>>,
     /// Whether this outage's failures were logged.
@@ -86,10 +90,6 @@ const LOOK_MAX: Duration = Duration::from_secs(60);
 /// How long a lost NBD server may take to come back before requests fail.
 const OUTAGE_MAX: Duration = Duration::from_secs(10);
 
-/// How long a server that is back may take for each change that is made again. One that stands still is left for
-/// another connection: it, or what serves in its place, may do better.
-const REPLAY_ANSWER_MAX: Duration = Duration::from_secs(10);
-
 /// Waits between attempts to connect again, doubling.
 const RETRY_FIRST: Duration = Duration::from_millis(50);
 const RETRY_LAST: Duration = Duration::from_secs(1);
@@ -109,6 +109,8 @@ impl NbdDisk {
             size,
             client: RefCell::new(client),
             outage: Cell::default(),
+            outages: Cell::default(),
+            replayed: Cell::default(),
             trouble: RefCell::default(),
             told: Cell::default(),
             back: Notify::new(),
@@ -152,7 +154,7 @@ impl NbdDisk {
                 Err(error) if error.is_lost() => error,
                 result => return result.map_err(|error| shared.refused(&error)),
             };
-            let outage = shared.lost(&error);
+            let outage = (shared.lost(&error), shared.outages.get());
             if !shared.is_back(*until.get_or_insert(outage)).await {
                 return Err(shared.failed(&error));
             }
@@ -334,6 +336,8 @@ impl Shared {
             tracing::warn!(uri = %self.uri, %error, "the disk behind is lost: connecting again");
             self.trouble.replace(Some(chain(error)));
             self.outage.set(Some(until));
+            self.outages.set(self.outages.get() + 1);
+            self.replayed.set(0);
             tokio::task::spawn_local(Rc::clone(self).connect_again());
         }
         until
@@ -359,8 +363,8 @@ impl Shared {
         }
     }
 
-    /// A connection to a server that has everything the last one had answered. Where one of these changes has failed
-    /// meanwhile they are stable too: it was made again, and must not be undone when the others are another time.
+    /// A connection to a server that has everything the last one had answered. They are stable too where one of them was,
+    /// and where one has failed meanwhile: it was made again, and must not be undone when the others are another time.
     async fn reach_again(&self) -> Result<Client, BehindError> {
         let client = reach(&self.uri, self.size, ClientOptions::default()).await?;
         let (mark, changes) = (self.unflushed.borrow().flush(), self.unflushed.borrow().to_make_again());
@@ -368,32 +372,12 @@ impl Shared {
         if !changes.is_empty() {
             tracing::info!(uri = %self.uri, changes = changes.len(), "making again what was not flushed");
         }
-        let answered = async |change| {
-            let sent = tokio::time::timeout(REPLAY_ANSWER_MAX, send(client.clone(), change)).await;
-            let (uri, what) = (self.uri.clone(), "a change that is made again");
-            sent.map_err(|_| {
-                // It must not come behind what is written on the next connection.
-                client.give_up();
-                BehindError::Silent { uri, what, after: REPLAY_ANSWER_MAX }
-            })
-        };
-        let mut failure = None;
-        for (id, change) in changes {
-            match answered(change).await? {
-                Ok(()) => {}
-                Err(source) if source.is_lost() => {
-                    return Err(BehindError::Client { uri: self.uri.clone(), source });
-                }
-                Err(source) => {
-                    failure = Some(self.refused(&source));
-                    self.unflushed.borrow_mut().refused(id);
-                }
-            }
-        }
+        let is_stable = changes.iter().any(|(_, change)| change.wants_stable());
+        let failure = self.make_again(&client, changes).await?;
         self.forget(failure);
         // No await from the last look to the caller's use of the connection.
-        if self.unflushed.borrow().failures() != failures {
-            match answered(Change::Flush).await? {
+        if is_stable || self.unflushed.borrow().failures() != failures {
+            match self.flush_again(&client).await? {
                 Ok(()) => self.unflushed.borrow_mut().flushed(mark),
                 Err(source) if client.lost().is_some() => {
                     return Err(BehindError::Client { uri: self.uri.clone(), source });
@@ -432,14 +416,23 @@ impl Shared {
         }
     }
 
-    /// Whether there is a connection, waiting for one until then.
-    async fn is_back(&self, until: Instant) -> bool {
-        let back = async {
-            while self.outage.get().is_some() {
-                self.back.notified().await;
+    /// Whether there is a connection, waiting for one until then; longer while a server makes again what the last one may
+    /// have lost, in the outage that the wait began with.
+    async fn is_back(&self, (mut until, outage): (Instant, u64)) -> bool {
+        loop {
+            let back = async {
+                while self.outage.get().is_some() {
+                    self.back.notified().await;
+                }
+            };
+            if tokio::time::timeout_at(until, back).await.is_ok() {
+                return true;
             }
-        };
-        tokio::time::timeout_at(until, back).await.is_ok()
+            match self.outage.get().filter(|later| *later > until && self.outages.get() == outage) {
+                Some(later) => until = later,
+                None => return false,
+            }
+        }
     }
 
     /// The failure of a request whose time is over. Logged once per outage: a guest has many.
@@ -489,6 +482,8 @@ async fn reach(uri: &NbdUri, expected: ByteCount, options: ClientOptions) -> Res
     }
     Ok(client)
 }
+
+mod replay;
 
 #[cfg(test)]
 mod tests;

@@ -15,6 +15,8 @@ use bytes::Bytes;
 const BYTES_DUE: u64 = 16 << 20;
 /// ... or with so many changes.
 const CHANGES_DUE: usize = 16 * 1024;
+/// ... or with so many bytes of zeroes, which take no memory: another server may have to write them all out again.
+const ZEROES_DUE: u64 = 1 << 30;
 
 /// So many times of that are never exceeded: changes wait for the flush.
 const FULL: u64 = 4;
@@ -30,6 +32,7 @@ pub(crate) struct Unflushed {
     /// Counts answers.
     answers: u64,
     bytes: u64,
+    zeroes: u64,
     /// Counts changes that have failed.
     failures: u64,
 }
@@ -64,6 +67,7 @@ impl Unflushed {
             change => change.clone(),
         };
         self.bytes += bytes_of(&change);
+        self.zeroes += zeroes_of(&change);
         self.entries.push_back(Entry { id, change, answer: None, refused: false });
         id
     }
@@ -135,7 +139,7 @@ impl Unflushed {
 
     /// Whether it is time to flush without being asked to.
     pub(crate) fn is_due(&self) -> bool {
-        self.bytes >= BYTES_DUE || self.entries.len() >= CHANGES_DUE
+        self.bytes >= BYTES_DUE || self.zeroes >= ZEROES_DUE || self.entries.len() >= CHANGES_DUE
     }
 
     /// Whether a change has to wait for a flush.
@@ -157,6 +161,7 @@ impl Unflushed {
     fn keep(&mut self, kept: impl Fn(&Entry) -> bool) {
         self.entries.retain(kept);
         self.bytes = self.entries.iter().map(|entry| bytes_of(&entry.change)).sum();
+        self.zeroes = self.entries.iter().map(|entry| zeroes_of(&entry.change)).sum();
     }
 }
 
@@ -164,6 +169,13 @@ fn bytes_of(change: &Change) -> u64 {
     match change {
         Change::Write { data, .. } => data.len() as u64,
         Change::Zero { .. } | Change::Flush => 0,
+    }
+}
+
+fn zeroes_of(change: &Change) -> u64 {
+    match change {
+        Change::Zero { range, .. } => range.count().0,
+        Change::Write { .. } | Change::Flush => 0,
     }
 }
 
@@ -223,5 +235,21 @@ mod tests {
             unflushed.submit(&write(0, 1 << 20));
         }
         assert_eq!(unflushed.bytes, BYTES_DUE * FULL);
+    }
+
+    #[test]
+    fn a_flush_is_due_of_many_zeroes_and_no_change_waits_for_it() {
+        let mut unflushed = Unflushed::default();
+        let range = ByteRange::between(ByteOffset(0), ByteOffset(ZEROES_DUE / 2));
+        let zero = Change::Zero { range, trim: true, fua: false };
+        let first = unflushed.submit(&zero);
+        assert!(!unflushed.is_due());
+        for _ in 0..8 {
+            unflushed.submit(&zero);
+        }
+        assert!(unflushed.is_due() && !unflushed.is_full());
+        unflushed.succeeded(first);
+        unflushed.flushed(unflushed.flush());
+        assert_eq!(unflushed.zeroes, ZEROES_DUE * 4);
     }
 }

@@ -8,10 +8,13 @@ use backtide_export::{
 };
 use tokio::task::LocalSet;
 
-use super::*;
+use super::{replay::REPLAY_ANSWER_MAX, *};
 use crate::disk::medium::Medium;
 
 const SIZE: ByteCount = ByteCount(1 << 20);
+
+/// Of a disk that a guest can trim much of.
+const LARGE: ByteCount = ByteCount(1 << 40);
 
 /// Longer than anything takes here that comes to its end.
 const AT_MOST: Duration = Duration::from_secs(60);
@@ -33,6 +36,9 @@ struct Behind {
     /// It takes no writes at all, and says so.
     read_only: Cell<bool>,
     writes: Cell<usize>,
+    /// Every change that came: where, and whether it was to be stable at once.
+    changes: RefCell<Vec<(ByteRange, bool)>>,
+    is_large: Cell<bool>,
     /// Requests for block status.
     looks: Cell<usize>,
     flushes: Cell<usize>,
@@ -48,16 +54,20 @@ impl Behind {
 
 impl Export for Behind {
     fn info(&self) -> ExportInfo {
-        ExportInfo { read_only: self.read_only.get(), ..ExportInfo::new("behind", SIZE) }
+        let size = if self.is_large.get() { LARGE } else { SIZE };
+        ExportInfo { read_only: self.read_only.get(), ..ExportInfo::new("behind", size) }
     }
 
     fn submit(&self, command: Command, reply: Reply) {
+        if let Command::Write { fua, .. } | Command::WriteZeroes { fua, .. } = &command {
+            self.changes.borrow_mut().push((command.range(), *fua));
+        }
         match command {
             Command::Read { .. } => {
                 let bytes = vec![0; usize::try_from(command.range().count().0).unwrap()];
                 reply.data(bytes.into());
             }
-            Command::Write { .. } if self.stands_still.get() => {
+            Command::Write { .. } | Command::WriteZeroes { .. } if self.stands_still.get() => {
                 self.unanswered.borrow_mut().push(reply);
                 self.asked.notify_one();
             }
@@ -132,13 +142,18 @@ struct Stage {
 
 /// Tells a story of a disk that has written once, which its server may lose.
 fn on_stage(story: impl AsyncFnOnce(Stage)) {
+    on_stage_of(SIZE, story);
+}
+
+fn on_stage_of(size: ByteCount, story: impl AsyncFnOnce(Stage)) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let directory = tempfile::tempdir().unwrap();
     let story = async {
         let (behind, socket) = (Rc::new(Behind::default()), directory.path().join("s"));
+        behind.is_large.set(size == LARGE);
         let server = serve(&behind, &socket).await;
         let uri: NbdUri = format!("nbd+unix:///?socket={}", socket.display()).parse().unwrap();
-        let disk = NbdDisk::connect(uri, SIZE).await.unwrap();
+        let disk = NbdDisk::connect(uri, size).await.unwrap();
         disk.run(write()).await.unwrap();
         behind.asked.notified().await;
         story(Stage { behind, socket, server, disk }).await;
@@ -329,3 +344,5 @@ fn one_that_takes_no_writes_is_not_the_disk() {
         assert_eq!(behind.writes.get(), 2, "nothing was forgotten meanwhile");
     });
 }
+
+mod making_again;
