@@ -15,6 +15,7 @@ use crate::{
     filter::Filter,
     mutant::Mutant,
     pass::{NewWrites, Pass, Phase},
+    unreadable::stretch_around,
 };
 
 /// The longest run read at once.
@@ -52,20 +53,25 @@ impl Filter {
         if pass.reads.len() >= READS_MAX || pass.queued.is_some() || pass.active.is_empty() {
             return None;
         }
-        if !self.window.has_places() {
+        if !self.window.has_places() || pass.unreadable.pause(self.now.monotonic).is_some() {
             return None;
         }
         if self.next_paced_read().is_some() {
             return None;
         }
+        self.forget_changed();
+        let pass = self.pass.as_ref()?;
         let in_flight_max = self.pace.in_flight_max();
         if in_flight_max.is_some_and(|max| pass.reading_bytes >= max.0) {
             return None;
         }
         let end = self.all_blocks().end();
         let start = pass.cursor;
-        let found = self.free_run(pass, start, end).or_else(|| self.free_run(pass, BlockIndex(0), end));
-        let idle = pass.reads.is_empty();
+        let found = match pass.unreadable.is_full() {
+            true => self.free_retry(pass),
+            false => self.free_run(pass, start, end).or_else(|| self.free_run(pass, BlockIndex(0), end)),
+        };
+        let idle = pass.reads.is_empty() && !pass.unreadable.is_full();
         let Some(run) = found else {
             if idle {
                 self.queue_for_a_busy_run();
@@ -117,7 +123,7 @@ impl Filter {
                 return Some(run);
             }
             // A part of it may be free: try its first block alone before going on behind it.
-            let first = BlockRange::between(run.start(), BlockIndex(run.start().0 + 1));
+            let first = alone(run.start());
             if self.guard.is_free(first) {
                 return Some(first);
             }
@@ -126,23 +132,31 @@ impl Filter {
         None
     }
 
+    /// A block to be tried again that nobody changes or reads.
+    fn free_retry(&self, pass: &Pass) -> Option<BlockRange> {
+        pass.unreadable.due(self.now.monotonic).map(alone).find(|run| self.guard.is_free(*run))
+    }
+
+    /// Blocks that could not be read and have been changed since, where that took them out of the pass, are not waited for.
+    fn forget_changed(&mut self) {
+        let now = self.now.monotonic;
+        let Some(pass) = self.pass.as_mut().filter(|pass| pass.unreadable.is_full()) else { return };
+        let is_gone = |block: &BlockIndex| !pass.active.touches(alone(*block));
+        let gone: Vec<BlockIndex> = pass.unreadable.due(now).filter(is_gone).collect();
+        for block in gone {
+            pass.unreadable.forget(block);
+        }
+    }
+
     /// The first run of active blocks that may be tried now.
     fn readable_run(&self, pass: &Pass, from: BlockIndex, end: BlockIndex) -> Option<BlockRange> {
         let mut from = from;
         loop {
             let run = pass.active.next_run(from, end, RUN_BLOCKS_MAX)?;
-            let start = run.start();
-            if let Some((retry_at, _)) = pass.unreadable.get(&start)
-                && *retry_at > self.now.monotonic
-            {
-                from = BlockIndex(start.0 + 1);
-                continue;
+            if let Some(readable) = pass.unreadable.readable(run, self.now.monotonic) {
+                return Some(readable);
             }
-            let careful = pass.careful.contains(&(start.0 / RUN_BLOCKS_MAX.0));
-            let end = if careful { start.0 + 1 } else { run.end().0 };
-            // A run never reaches into a stretch that is read block by block.
-            let boundary = (start.0 / RUN_BLOCKS_MAX.0 + 1) * RUN_BLOCKS_MAX.0;
-            return Some(BlockRange::between(start, BlockIndex(end.min(boundary))));
+            from = BlockIndex(run.start().0 + 1);
         }
     }
 
@@ -151,7 +165,7 @@ impl Filter {
         let end = self.all_blocks().end();
         let pass = self.pass.as_ref().expect("the caller has one");
         let Some(run) = self.readable_run(pass, BlockIndex(0), end) else { return };
-        let first = BlockRange::between(run.start(), BlockIndex(run.start().0 + 1));
+        let first = alone(run.start());
         let ticket = self.take_ticket();
         if self.guard.acquire(ticket, first) {
             return self.start_drain_read(first);
@@ -193,7 +207,7 @@ impl Filter {
             && pass.reads.remove(&io).is_some()
         {
             pass.reading_bytes -= run.count().bytes().0;
-            pass.careful.insert(run.start().0 / RUN_BLOCKS_MAX.0);
+            pass.unreadable.gave_way(run);
         }
     }
 
@@ -208,7 +222,10 @@ impl Filter {
             pass.reading_bytes -= run.count().bytes().0;
             match result {
                 Ok(read) => {
-                    pass.unreadable.remove(&run.start());
+                    let stretch = stretch_around(run.start());
+                    let others = [(stretch.start(), run.start()), (run.end(), stretch.end())];
+                    let more = others.map(|(from, to)| pass.active.touches(BlockRange::between(from, to)));
+                    pass.unreadable.succeeded(run, more.contains(&true));
                     self.drained(run, read);
                 }
                 Err(failure) => self.note_unreadable(run, failure),
@@ -230,14 +247,22 @@ impl Filter {
     }
 
     fn note_unreadable(&mut self, run: BlockRange, failure: IoFailure) {
-        let retry_at = self.now.monotonic + self.settings.read_retry;
+        let (now, retry) = (self.now.monotonic, self.settings.read_retry);
         let pass = self.pass.as_mut().expect("the caller has one");
+        pass.unreadable.failed(run, now, retry);
+        // What lies elsewhere comes first: the next block is likely to be as bad.
+        let stretch = stretch_around(run.start());
+        if pass.cursor > stretch.start() && pass.cursor < stretch.end() {
+            pass.cursor = stretch.end();
+        }
         if run.count() == BlockCount(1) {
-            let tries = pass.unreadable.get(&run.start()).map_or(1, |(_, tries)| tries + 1);
-            pass.unreadable.insert(run.start(), (retry_at, tries));
-            if tries >= READ_TRIES_MAX && pass.active.touches(run) {
+            let tries = pass.unreadable.try_again(run.start(), now + retry);
+            let is_wanted = pass.active.touches(run);
+            if tries >= READ_TRIES_MAX || !is_wanted {
+                pass.unreadable.forget(run.start());
+            }
+            if tries >= READ_TRIES_MAX && is_wanted {
                 // The pass ends without it, and without a point.
-                pass.unreadable.remove(&run.start());
                 pass.active.remove(run);
                 pass.given_up.insert(run);
                 self.passive.insert(run);
@@ -245,8 +270,6 @@ impl Filter {
                 self.verify_cannot_read(run.bytes(self.settings.size), failure);
             }
         }
-        let pass = self.pass.as_mut().expect("the caller has one");
-        pass.careful.insert(run.start().0 / RUN_BLOCKS_MAX.0);
         self.counters.failed_reads += 1;
         self.effects.push_back(Effect::ReadFailed { range: run.bytes(self.settings.size), failure });
     }
@@ -278,6 +301,10 @@ impl Filter {
             self.window.push(message);
         }
     }
+}
+
+fn alone(block: BlockIndex) -> BlockRange {
+    BlockRange::between(block, BlockIndex(block.0 + 1))
 }
 
 /// The first blocks of a run, as many as may be under way at once; to the end of a chunk of a comparison.

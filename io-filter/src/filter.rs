@@ -398,10 +398,12 @@ impl Filter {
 
     pub(crate) fn observe(&mut self, now: Now) {
         let waited = self.next_paced_read().is_some();
+        let retry = self.pass.as_ref().and_then(|pass| pass.next_retry(self.now.monotonic));
         self.now.monotonic = self.now.monotonic.max(now.monotonic);
         self.now.wall = now.wall;
         self.pace.observe(self.now.monotonic);
         self.reads_overdue |= waited && self.next_paced_read().is_none();
+        self.reads_overdue |= retry.is_some_and(|due| due <= self.now.monotonic);
     }
 
     /// The capture time of something that happens now; never goes back.

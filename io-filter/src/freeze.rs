@@ -1,9 +1,6 @@
 //! The begin and the end of a resync pass: which blocks, at which T, and where new writes go.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    time::Duration,
-};
+use std::{collections::BTreeMap, time::Duration};
 
 use backtide_protocol::Message;
 use backtide_tracking::DirtyBitmap;
@@ -15,6 +12,7 @@ use crate::{
     filter::{Filter, Mode},
     mutant::Mutant,
     pass::{NewWrites, Pass, Phase},
+    unreadable::Unreadable,
 };
 
 /// How to resync when nothing is known: after a scan for the blocks that may hold data.
@@ -210,9 +208,8 @@ impl Filter {
             cursor: BlockIndex(0),
             reads: BTreeMap::new(),
             queued: None,
-            unreadable: BTreeMap::new(),
+            unreadable: Unreadable::default(),
             given_up: DirtyBitmap::new(),
-            careful: BTreeSet::new(),
             compares: BTreeMap::new(),
             compare_bytes: 0,
             reading_bytes: 0,

@@ -50,6 +50,7 @@ mod reserve;
 mod spill;
 mod status;
 mod unchanged;
+mod unreadable;
 mod verify;
 mod window;
 

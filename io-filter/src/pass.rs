@@ -1,14 +1,11 @@
 //! The state of one resync pass.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    time::Duration,
-};
+use std::{collections::BTreeMap, time::Duration};
 
 use backtide_tracking::DirtyBitmap;
 use backtide_units::{BlockCount, BlockIndex, BlockRange, ByteCount, Lsn, Reason};
 
-use crate::{compare::PendingCompare, event::IoId};
+use crate::{compare::PendingCompare, event::IoId, unreadable::Unreadable};
 
 /// Where new writes go while a pass runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,13 +47,11 @@ pub(crate) struct Pass {
     pub(crate) reads: BTreeMap<IoId, BlockRange>,
     /// Held while it waits its turn at the guard.
     pub(crate) queued: Option<BlockRange>,
-    /// Single blocks that could not be read, when to try again, and how often it was tried.
-    pub(crate) unreadable: BTreeMap<BlockIndex, (Duration, u32)>,
+    /// What could not be read, and how to go on.
+    pub(crate) unreadable: Unreadable,
     /// Blocks that could not be read at all: they are left to the next pass, and this one gives no
     /// point.
     pub(crate) given_up: DirtyBitmap,
-    /// Runs that could not be read whole: their blocks are read one by one.
-    pub(crate) careful: BTreeSet<u64>,
     /// Comparisons the receiver has not answered.
     pub(crate) compares: BTreeMap<u64, PendingCompare>,
     /// Bytes held for those comparisons.
@@ -89,9 +84,12 @@ impl Pass {
         ByteCount(self.total.0.saturating_sub(left))
     }
 
-    /// When the next unreadable block is to be tried again, if that lies ahead.
+    /// When the drain may go on after something could not be read, or a block is to be tried again, if that lies ahead.
     pub(crate) fn next_retry(&self, now: Duration) -> Option<Duration> {
-        self.unreadable.values().map(|(retry_at, _)| *retry_at).filter(|retry_at| *retry_at > now).min()
+        if self.phase != Phase::Draining || self.active.is_empty() {
+            return None;
+        }
+        self.unreadable.pause(now).or_else(|| self.unreadable.next_due(now))
     }
 
     /// The bytes of the pass that sit in memory, unsent window data aside.

@@ -58,6 +58,8 @@ pub(crate) struct Engine {
     watched: Cell<bool>,
     pub(super) marks: MarkWaits,
     refused: Refused,
+    /// Reads of passes that failed, which are said as rarely.
+    failed_reads: Refused,
     pub(crate) traffic: Traffic,
     /// When everything was at the receiver last.
     caught_up: Cell<Instant>,
@@ -129,6 +131,7 @@ impl Engine {
             watched: Cell::new(false),
             marks: MarkWaits::default(),
             refused: Refused::default(),
+            failed_reads: Refused::default(),
             traffic: Traffic::default(),
             caught_up: Cell::new(started),
         })
@@ -195,7 +198,10 @@ impl Engine {
                 self.end_stream(Kick::Invalid(why));
             }
             Effect::ReadFailed { range, failure } => {
-                tracing::warn!(disk = %self.name(), %range, errno = failure.errno, "cannot read for the resync: will try again");
+                if let Some(reads) = self.failed_reads.one_more(self.started.elapsed()) {
+                    let errno = failure.errno;
+                    tracing::warn!(disk = %self.name(), %range, errno, reads, "cannot read for the resync: will try again");
+                }
             }
             Effect::Alarm(text) => tracing::error!(disk = %self.name(), "{text}"),
         }

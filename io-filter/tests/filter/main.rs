@@ -3,6 +3,7 @@
 mod attaches;
 mod common;
 mod delay_bound;
+mod failing_disk;
 mod found_by_simulation;
 mod hasten;
 mod interruptions;
