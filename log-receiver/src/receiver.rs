@@ -233,7 +233,7 @@ impl Receiver {
         };
         let scrub = Arc::new(Scrub::new(Arc::clone(&shelf.storage), sources, every));
         let listen: Vec<Address> = listeners.iter().map(|listener| listener.address().clone()).collect();
-        let service = Service {
+        let service = Arc::new(Service {
             store: config.store.clone(),
             store_id: store,
             storage,
@@ -247,6 +247,7 @@ impl Receiver {
             tls,
             images: shelf.cache.images(&shelf.storage),
             policies,
+            promising: Arc::default(),
             keeper: keeper.watch(),
             on_full: config.retention.on_full,
             low_bytes: config.retention.low_bytes,
@@ -258,10 +259,9 @@ impl Receiver {
             removal,
             readers,
             commits,
-        };
+        });
         let api_address = api.address().clone();
         let (api_stop, stopped) = oneshot::channel();
-        let service = Arc::new(service);
         service.serve_again().await;
         scrub.resume();
         let api_task = runtime.spawn(serve_api(api, Arc::clone(&service), stopped));

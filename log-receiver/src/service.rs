@@ -63,6 +63,8 @@ pub(crate) struct Service {
     pub(crate) tls: Option<Arc<StreamServer>>,
     pub(crate) images: Images,
     pub(crate) policies: Policies,
+    /// Whoever promises that a point stays has it until that is sure.
+    pub(crate) promising: Arc<tokio::sync::Mutex<()>>,
     pub(crate) keeper: KeeperWatch,
     pub(crate) on_full: OnFull,
     pub(crate) low_bytes: ByteCount,

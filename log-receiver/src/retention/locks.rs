@@ -102,6 +102,17 @@ impl Locks {
         }
     }
 
+    /// Takes a lock back that was added to a point, where that is locked as it was locked then: it is locked as `before`.
+    pub(crate) fn take_back(&mut self, lsn: Lsn, added: LockedPoint, before: Option<LockedPoint>) {
+        if self.points.get(&lsn) != Some(&added) {
+            return;
+        }
+        match before {
+            Some(before) => drop(self.points.insert(lsn, before)),
+            None => drop(self.points.remove(&lsn)),
+        }
+    }
+
     /// Forgets those that have ended.
     pub(crate) fn prune(&mut self, now: Moment) {
         self.all = self.all.filter(|lock| lock.holds(now));
@@ -202,5 +213,24 @@ mod tests {
         assert_eq!(LockClock::jump(moment(900, 0), moment(5, 60_000_000)), None, "back is not forward");
         let told = LockClock::jump(moment(0, 0), moment(4_000_000_000, 60_000_000)).unwrap();
         assert!(told.contains("3940 s"), "{told}");
+    }
+
+    #[test]
+    fn only_a_lock_that_nobody_has_touched_since_is_taken_back() {
+        let at = |until| Lock { until: CaptureTime(until), open_us: 9 };
+        let (lsn, time) = (Lsn(7), CaptureTime(5));
+        let locked = |until| LockedPoint { time, lock: at(until) };
+        let mut locks = Locks::default();
+        locks.add(Some((lsn, time)), at(100));
+        let (first, mut longer) = (locks.clone(), locks.clone());
+        longer.add(Some((lsn, time)), at(200));
+        locks.take_back(lsn, locked(100), None);
+        assert!(locks.is_empty());
+        let extended = longer.clone();
+        longer.take_back(lsn, locked(200), Some(locked(100)));
+        assert_eq!(longer, first);
+        let mut others = extended.clone();
+        others.take_back(lsn, locked(100), None);
+        assert_eq!(others, extended, "somebody else has locked it for longer");
     }
 }

@@ -4,10 +4,10 @@ use backtide_receiver_api::{ApiError, ErrorCode, Lock, LockRequest, RetentionRep
 use backtide_recovery::{Point, TimedLsn, time_text};
 use backtide_units::{CaptureTime, DiskId, DiskName, Lsn};
 
-use super::{Found, Service};
+use super::{Found, Service, retention::not_changed};
 use crate::{
     points,
-    retention::{self, Ladder, Moment, Span, plan_all},
+    retention::{self, Ladder, Moment, Policy, Span, plan_all},
 };
 
 impl Service {
@@ -30,18 +30,48 @@ impl Service {
                 format!("it is locked until {}: a lock never becomes shorter", time_text(known.ends(now))),
             ));
         }
-        let policies = self.policies.clone();
-        let timed = point.map(|point| (point.lsn, point.time));
-        let locked = self.read(move || policies.add_lock(disk.uuid, timed, lock)).await?;
-        locked.map_err(|error| super::retention::not_changed(&error))?;
-        tracing::info!(disk = %disk.uuid, at = at.as_deref().unwrap_or("every point"), until = time_text(until), "locked");
-        if let (Some(at), Some(point)) = (at, point) {
-            // It may have gone while it was asked for; from now on it stays.
-            let Found { snapshot, .. } = self.look_at(&name).await?;
-            let there = snapshot.view(point.lsn).map(|_| ());
-            there.map_err(|error| points::unavailable(&at, &error))?;
+        // Two that lock one point would take that of the other back.
+        let promising = self.promising.lock().await;
+        match (&at, point) {
+            (Some(at), Some(point)) => self.lock_point(&name, disk.uuid, at, point, lock).await?,
+            (Some(_) | None, _) => {
+                let policies = self.policies.clone();
+                let locked = self.read(move || policies.add_lock(disk.uuid, None, lock)).await?;
+                locked.map_err(|error| not_changed(&error))?;
+            }
         }
+        drop(promising);
+        tracing::info!(disk = %disk.uuid, at = at.as_deref().unwrap_or("every point"), until = time_text(until), "locked");
         self.report_retention(Some(name)).await
+    }
+
+    async fn lock_point(
+        &self,
+        name: &DiskName,
+        disk: DiskId,
+        at: &str,
+        point: TimedLsn,
+        lock: retention::Lock,
+    ) -> Result<(), ApiError> {
+        let TimedLsn { lsn, time } = point;
+        let policies = self.policies.clone();
+        let locked = self.read(move || {
+            let mut known = (None, None);
+            let changed = policies.change(disk, |policy| {
+                let before = policy.locks.points.get(&lsn).copied();
+                policy.locks.add(Some((lsn, time)), lock);
+                known = (before, policy.locks.points.get(&lsn).copied());
+            });
+            changed.map(|()| known)
+        });
+        let (before, added) = locked.await?.map_err(|error| not_changed(&error))?;
+        let Err(error) = self.still_there(name, at, lsn).await else { return Ok(()) };
+        let take_back = move |policy: &mut Policy| {
+            if let Some(added) = added {
+                policy.locks.take_back(lsn, added, before);
+            }
+        };
+        Err(self.promised_in_vain(disk, "lock", take_back, error).await)
     }
 
     /// The locks of a disk that hold: of every point first, then by LSN.

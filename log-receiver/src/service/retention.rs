@@ -16,7 +16,7 @@ use crate::{
     facts::DiskFacts,
     points,
     retention::{
-        Ladder, LadderError, NotChanged, Pin, PlanError, every_change_from, plan_all, plan_readable,
+        Ladder, LadderError, NotChanged, Pin, PlanError, Policy, every_change_from, plan_all, plan_readable,
     },
 };
 
@@ -166,13 +166,13 @@ impl Service {
             Err(error) => self.kept_as(&at, disk.uuid).filter(|_| release).ok_or(error)?,
         };
         let (policies, owner) = (self.policies.clone(), held.clone());
+        // Two that keep one point would take that of the other back.
+        let promising = self.promising.lock().await;
         let changed = self
             .read(move || {
                 let mut done = true;
                 let changed = policies.change(disk.uuid, |policy| match (release, owner) {
-                    (false, _) => {
-                        policy.pins.insert(point.lsn, point.time);
-                    }
+                    (false, _) => done = policy.pins.insert(point.lsn, point.time).is_none(),
                     (true, None) => done = policy.pins.remove(&point.lsn).is_some(),
                     (true, Some(owner)) => {
                         done = policy.holds.get(&owner).is_some_and(|held| held.lsn == point.lsn);
@@ -184,7 +184,8 @@ impl Service {
                 changed.map(|()| done)
             })
             .await?;
-        if !changed.map_err(|error| not_changed(&error))? {
+        let done = changed.map_err(|error| not_changed(&error))?;
+        if release && !done {
             return Err(self.nothing_released(&disk, &at, point.lsn, held.as_deref()));
         }
         match (release, held) {
@@ -193,13 +194,44 @@ impl Service {
             }
             (true, None) => {}
             (false, _) => {
-                // It may have gone while it was asked for; from now on it stays.
-                let Found { snapshot, .. } = self.look_at(&name).await?;
-                let there = snapshot.view(point.lsn).map(|_| ());
-                there.map_err(|error| points::unavailable(&at, &error))?;
+                if let Err(error) = self.still_there(&name, &at, point.lsn).await {
+                    let take_back = move |policy: &mut Policy| {
+                        if done && policy.pins.get(&point.lsn) == Some(&point.time) {
+                            policy.pins.remove(&point.lsn);
+                        }
+                    };
+                    return Err(self.promised_in_vain(disk.uuid, "kept point", take_back, error).await);
+                }
             }
         }
+        drop(promising);
         self.report_retention(Some(name)).await
+    }
+
+    /// Whether a point that stays from now on had not gone while it was asked for.
+    pub(super) async fn still_there(&self, name: &DiskName, asked: &str, lsn: Lsn) -> Result<(), ApiError> {
+        let Found { snapshot, .. } = self.look_at(name).await?;
+        snapshot.view(lsn).map(|_| ()).map_err(|error| points::unavailable(asked, &error))
+    }
+
+    /// Takes back what was added for a point that whoever asked does not get: what is said to have failed is not in the way of
+    /// others.
+    pub(super) async fn promised_in_vain(
+        &self,
+        disk: DiskId,
+        what: &str,
+        take_back: impl FnOnce(&mut Policy) + Send + 'static,
+        error: ApiError,
+    ) -> ApiError {
+        let policies = self.policies.clone();
+        let why = match self.read(move || policies.change(disk, take_back)).await {
+            Ok(Ok(())) => return error,
+            Ok(Err(why)) => why.to_string(),
+            Err(why) => why.message,
+        };
+        tracing::error!(%disk, why, "what was promised of a point in vain cannot be taken back");
+        let hint = format!("the {what} could not be taken back, and may still be shown: {why}");
+        error.with_hint(hint)
     }
 
     /// What is said when there is nothing to release at a point, or not what was named.

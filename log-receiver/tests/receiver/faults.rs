@@ -18,6 +18,8 @@ pub(crate) enum Fault {
     SyncsWait,
     /// Files are not opened until something else is set.
     OpensWait,
+    /// Writes of tombstones fail.
+    TombstonesUnwritable,
     /// Syncs of the directory of tombstones fail.
     TombstonesFail,
     /// Syncs of the directory where bases are once more fail.
@@ -56,6 +58,7 @@ struct FaultyFile {
     storage: Faulty,
     /// Of an overlay, and no record.
     of_overlay: bool,
+    of_tombstone: bool,
 }
 
 impl Faulty {
@@ -84,10 +87,14 @@ impl Faulty {
         waited.await.unwrap();
     }
 
-    fn write_fails(&self) -> io::Result<()> {
+    fn write_fails(&self, of_tombstone: bool) -> io::Result<()> {
         match self.state.0.lock().unwrap().fault {
             Fault::WritesFail => Err(io::Error::other("injected failure of a write")),
+            Fault::TombstonesUnwritable if of_tombstone => {
+                Err(io::Error::other("injected failure of a tombstone's write"))
+            }
             Fault::None
+            | Fault::TombstonesUnwritable
             | Fault::SyncsWait
             | Fault::OpensWait
             | Fault::TombstonesFail
@@ -110,7 +117,8 @@ impl Faulty {
 
     fn file(&self, path: &Path, file: Arc<dyn StorageFile>) -> Arc<dyn StorageFile> {
         let of_overlay = path.extension().is_some_and(|end| end == "map" || end == "data");
-        Arc::new(FaultyFile { file, storage: self.clone(), of_overlay })
+        let of_tombstone = path.parent() == Some(Path::new("forgotten"));
+        Arc::new(FaultyFile { file, storage: self.clone(), of_overlay, of_tombstone })
     }
 }
 
@@ -160,6 +168,7 @@ impl Storage for Faulty {
             Fault::None
             | Fault::SyncsWait
             | Fault::OpensWait
+            | Fault::TombstonesUnwritable
             | Fault::WritesFail
             | Fault::OverlaysFail
             | Fault::DisksUnlistable
@@ -203,7 +212,7 @@ impl StorageFile for FaultyFile {
     }
 
     fn write_vectored_at(&self, offset: ByteOffset, buffers: &[IoSlice<'_>]) -> io::Result<()> {
-        self.storage.write_fails()?;
+        self.storage.write_fails(self.of_tombstone)?;
         self.file.write_vectored_at(offset, buffers)
     }
 

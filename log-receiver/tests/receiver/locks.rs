@@ -1,5 +1,10 @@
 //! Locked points of a running receiver: whoever asks, and however full the store is, they stay.
 
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
+
 use backtide_log_receiver::{OnFull, Receiver};
 use backtide_receiver_api::{ErrorCode, KeepRequest, LockRequest};
 use backtide_storage::{MemoryStorage, Storage};
@@ -7,7 +12,9 @@ use backtide_units::{ByteCount, Lsn};
 
 use crate::{
     agent::*,
+    faults::{Fault, Faulty},
     fixture::*,
+    forget::left,
     retention::{config, content, ladder, place_in_a_corner, rounds, vm1, write_history},
 };
 
@@ -74,7 +81,7 @@ async fn a_full_store_shrinks_no_history_that_is_locked() {
     let place = Place::new();
     let storage = MemoryStorage::new();
     let config = config(&place, OnFull::Shrink);
-    let receiver = Receiver::start_on_storage(std::sync::Arc::new(storage.clone()), config).await.unwrap();
+    let receiver = Receiver::start_on_storage(Arc::new(storage.clone()), config).await.unwrap();
     let (mut agent, _) = Agent::welcomed(&receiver, hello(1, "vm1")).await;
     agent.first_pass(5).await;
     for lsn in 6..=200 {
@@ -101,4 +108,57 @@ async fn a_full_store_shrinks_no_history_that_is_locked() {
     assert!(storage.free_space().unwrap() <= free);
     drop(agent);
     receiver.shutdown().await;
+}
+
+/// Tries until the disk was being forgotten when the point was looked for once more, which it never is in the end.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lock_and_a_kept_point_that_are_said_to_have_failed_are_not_there() {
+    let (mut locked_in_vain, mut kept_in_vain) = (false, false);
+    while !(locked_in_vain && kept_in_vain) {
+        let locks = !locked_in_vain;
+        let place = Place::new();
+        let storage = Faulty::new();
+        let receiver = place.start_on(storage.clone()).await;
+        let api = client(&receiver);
+        left(write_history(&receiver, 6..=10).await, &api, &vm1()).await;
+        storage.set(Fault::SyncsWait);
+        let asked = tokio::spawn({
+            let api = client(&receiver);
+            async move {
+                match locks {
+                    true => api.lock(&lock(Some("lsn:8"), "1d")).await,
+                    false => {
+                        let (name, at) = (vm1(), "lsn:8".to_owned());
+                        api.keep(&KeepRequest { name, at, release: false, held: None }).await
+                    }
+                }
+            }
+        });
+        // That of `retention.json`.
+        storage.a_sync_waits().await;
+        let stop = Arc::new(AtomicBool::new(false));
+        let forgetting = tokio::spawn({
+            let (api, stop) = (client(&receiver), Arc::clone(&stop));
+            async move {
+                while !stop.load(Ordering::Relaxed) {
+                    api.forget(&vm1()).await.unwrap_err();
+                }
+            }
+        });
+        storage.set(Fault::TombstonesUnwritable);
+        let ended = asked.await.unwrap();
+        stop.store(true, Ordering::Relaxed);
+        forgetting.await.unwrap();
+        if let Err(failed) = ended {
+            assert_eq!((failed.code, failed.hint.as_deref()), (ErrorCode::Busy, None), "{failed:?}");
+            let policy = &api.retention(Some(&vm1())).await.unwrap().disks[0];
+            assert_eq!((policy.locks.len(), policy.keep.len()), (0, 0), "{policy:?}");
+            if locks {
+                locked_in_vain = true;
+            } else {
+                kept_in_vain = true;
+            }
+        }
+        receiver.shutdown().await;
+    }
 }
