@@ -119,6 +119,8 @@ impl Retention {
                         preview_text(&preview)
                     )));
                 }
+                // Nothing that is shown before says what goes of that when it is there again.
+                context.remark(preview.away.as_deref());
                 if default {
                     request.ladder = None;
                 }
@@ -222,6 +224,9 @@ fn preview_text(preview: &RetentionPreview) -> String {
     if !preview.changes {
         lines.push("  nothing goes now".to_owned());
     }
+    if let Some(away) = &preview.away {
+        lines.push(format!("  {away}"));
+    }
     if let Some(from) = &preview.every_point_from {
         lines.push(format!("  every point from {}", point_text(from)));
     }
@@ -255,4 +260,64 @@ fn list<T>(lines: &mut Vec<String>, what: &str, one: &str, all: &[T], text: impl
 
 fn point_text(point: &Point) -> String {
     format!("lsn:{} ({})", point.lsn, time_text(point.time))
+}
+
+#[cfg(test)]
+mod tests {
+    use backtide_control::ErrorCode;
+    use backtide_receiver_api::DiskRef;
+    use backtide_units::{ByteCount, DiskId};
+
+    use super::*;
+    use crate::played_agent::PlayedAgent;
+
+    fn preview(changes: bool) -> RetentionPreview {
+        RetentionPreview {
+            disk: DiskRef { name: "vm1".parse().unwrap(), uuid: DiskId::random(), size: ByteCount(1 << 20) },
+            ladder: "any=1h".to_owned(),
+            every_point_from: None,
+            keep: Vec::new(),
+            drop: Vec::new(),
+            drop_marks: Vec::new(),
+            locked_until: None,
+            log_bytes_freed: ByteCount::ZERO,
+            fold_read_bytes: ByteCount::ZERO,
+            fold_write_bytes_max: ByteCount::ZERO,
+            changes,
+            away: Some("a part of an older log of the disk is away".to_owned()),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_part_that_is_away_is_said_before_and_after_a_ladder_is_set() {
+        let report = RetentionReport {
+            default: "forever".to_owned(),
+            on_full: "refuse".to_owned(),
+            low: None,
+            error: None,
+            image_bytes: ByteCount::ZERO,
+            freed_bytes: ByteCount::ZERO,
+            rounds: 1,
+            disks: Vec::new(),
+        };
+        for changes in [true, false] {
+            let answers = [
+                Some((200, serde_json::to_value(preview(changes)).unwrap())),
+                Some((200, serde_json::to_value(&report).unwrap())),
+            ];
+            let receiver = PlayedAgent::answering(answers);
+            let context = receiver.context();
+            let ladder = vec!["any=1h".to_owned()];
+            let what = What::Set { name: "vm1".parse().unwrap(), ladder, default: false, yes: false };
+            let api = ReceiverApi { receiver: Some(receiver.address()) };
+            match (changes, Retention { what, api }.run(&context).await) {
+                (true, Err(Failure::Error(error))) => {
+                    assert_eq!(error.code, ErrorCode::Usage);
+                    assert!(error.message.contains("a part of an older log"), "{error}");
+                }
+                (false, Ok(Ending::Done)) => assert!(context.has_remarked(), "it ends with 3"),
+                (_, ended) => panic!("{ended:?}"),
+            }
+        }
+    }
 }

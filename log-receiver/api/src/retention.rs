@@ -149,4 +149,8 @@ pub struct RetentionPreview {
     pub fold_write_bytes_max: ByteCount,
     /// Whether it would change anything now.
     pub changes: bool,
+    /// What of the logs that have ended is away: a sentence. Points there are in none of the lists, and what the ladder would do
+    /// with them shows when they are there again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub away: Option<String>,
 }

@@ -230,6 +230,7 @@ impl ReceiverService for Fake {
             fold_read_bytes: ByteCount(2),
             fold_write_bytes_max: ByteCount(3),
             changes: true,
+            away: None,
         })
     }
 

@@ -14,6 +14,8 @@ use super::{
 use crate::{
     OnFull,
     facts::DiskFacts,
+    ingest::Task,
+    past::EndedLog,
     points,
     retention::{
         Ladder, LadderError, NotChanged, Pin, PlanError, Policy, every_change_from, plan_all, plan_readable,
@@ -127,9 +129,11 @@ impl Service {
         staying.extend(self.overlays.points(disk.uuid));
         let locked_until = policy.all_locked(now).map(|lock| lock.ends(now));
         let (wanted, may_go) = (ladder.clone(), locked_until.is_none());
+        let ended: Vec<EndedLog> = self.ask_owner(disk.uuid, |answer| Task::Ended(disk.uuid, answer)).await?;
+        let (parts_away, away) = away_of(&ended);
         let planned: Result<Vec<LogPreview>, PlanError> = self
             .read(move || {
-                let plans = plan_readable(&snapshot, &wanted, &staying, now.wall)?;
+                let plans = plan_readable(&snapshot, &wanted, &staying, now.wall, &parts_away)?;
                 plans.into_iter().map(|(log, plan)| LogPreview::of(log, plan.filter(|_| may_go))).collect()
             })
             .await?;
@@ -148,6 +152,7 @@ impl Service {
             fold_read_bytes: sum(|log| log.cost.read),
             fold_write_bytes_max: sum(|log| log.cost.written_max),
             changes: logs.iter().any(|log| log.changes),
+            away,
             disk,
             ladder: ladder.to_string(),
         })
@@ -313,6 +318,18 @@ pub(super) fn plan_error(error: &PlanError) -> ApiError {
         PlanError::TooMany { .. } => ApiError::new(ErrorCode::Refused, error.to_string())
             .with_hint("name rungs that are further apart, such as hourly instead of per-10m, or that keep for less long"),
     }
+}
+
+/// Of which logs that can be read a part is away, the oldest first, and a sentence when it is of any.
+fn away_of(ended: &[EndedLog]) -> (Vec<bool>, Option<String>) {
+    let readable = || ended.iter().filter(|log| log.snapshot.is_some());
+    let told = readable().find_map(|log| log.away.as_deref()).map(|away| {
+        format!(
+            "a part of an older log of the disk is away, and which of its points stay nobody knows: {away}; that log goes \
+             no further than up to there until the part is there again, or `backtide fsck --repair` has cut the log there"
+        )
+    });
+    (readable().map(|log| log.away.is_some()).collect(), told)
 }
 
 fn parse(text: &str) -> Result<Ladder, ApiError> {

@@ -11,7 +11,7 @@ use crate::{
     agent::*,
     ended_logs::*,
     fixture::*,
-    retention::{TENS, at, go_on, rounds, vm1, write_history},
+    retention::{TENS, at, go_on, ladder, rounds, vm1, write_history},
 };
 
 /// A receiver with the older log, of which some segments are away, and one behind it.
@@ -61,6 +61,32 @@ async fn what_the_ladder_keeps_of_a_part_of_an_ended_log_that_is_away_does_not_g
             reads_as(&place, &api, lsn, &at(lsn)).await;
         }
         assert_eq!(segments(&place), Vec::<PathBuf>::new());
+        receiver.shutdown().await;
+    }
+}
+
+/// Of both logs.
+fn all_segment_bytes(place: &Place) -> u64 {
+    let newer = fs::read_dir(older_log(place).join("log-2/segments")).unwrap();
+    let newer = newer.map(|entry| entry.unwrap().path());
+    segments(place).into_iter().chain(newer).map(|path| fs::metadata(path).unwrap().len()).sum()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_preview_tells_of_a_part_that_is_away_and_frees_no_more_than_what_goes_then() {
+    // In the middle; where it begins; all of it.
+    for away in [2..3, 0..1, 0..usize::MAX] {
+        let place = Place::new();
+        let (receiver, _agent, _) = with_segments_away(&place, away.clone()).await;
+        let api = client(&receiver);
+        let preview = api.preview_retention(&vm1(), &ladder(TENS)).await.unwrap();
+        let told = preview.away.unwrap();
+        assert!(told.contains("is away, and") && told.contains("`backtide fsck --repair`"), "{told}");
+        let before = all_segment_bytes(&place);
+        refused(&api, TENS).await;
+        assert_eq!(preview.log_bytes_freed.0, before - all_segment_bytes(&place), "{away:?}");
+        let left = api.retention(Some(&vm1())).await.unwrap().disks.remove(0);
+        assert_eq!(preview.keep, left.single_points, "{away:?}");
         receiver.shutdown().await;
     }
 }

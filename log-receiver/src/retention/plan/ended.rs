@@ -86,10 +86,11 @@ pub(crate) fn plan_all(
     pins: &BTreeMap<Lsn, CaptureTime>,
     now: CaptureTime,
 ) -> Result<Vec<(Snapshot, Option<Plan>)>, PlanError> {
-    plan_each(snapshot, ladder, pins, now, &|_, plan| plan(Reach::default()))
+    plan_each(snapshot, ladder, pins, now, &|_, _, plan| plan(Reach::default()))
 }
 
-/// The same as far as it can be done now: of a log of which an index is damaged, what lies before that.
+/// The same as far as it can be done now: of a log of which an index is damaged, what lies before that; and none goes as a whole
+/// of which a part is away, as `away` says of those that have ended, the oldest first.
 ///
 /// # Errors
 /// See [`PlanError`].
@@ -98,16 +99,21 @@ pub(crate) fn plan_readable(
     ladder: &Ladder,
     pins: &BTreeMap<Lsn, CaptureTime>,
     now: CaptureTime,
+    away: &[bool],
 ) -> Result<Vec<(Snapshot, Option<Plan>)>, PlanError> {
-    let readable = |log: &Snapshot, plan: Planning<'_>| match plan(Reach::default()) {
-        Err(PlanError::Log(LogError::Damaged { .. })) => {
-            let Some(damage) = log.index_damage(Lsn::MAX) else { return Ok(None) };
-            match before_damage(log, damage, Reach::default(), plan) {
-                Err(PlanError::Log(LogError::Damaged { .. })) => Ok(None),
-                found => found.map(Some),
+    let readable = |nth: usize, log: &Snapshot, plan: Planning<'_>| {
+        let all = Reach::default();
+        let reach = if away.get(nth) == Some(&true) { all.in_part() } else { all };
+        match plan(reach) {
+            Err(PlanError::Log(LogError::Damaged { .. })) => {
+                let Some(damage) = log.index_damage(Lsn::MAX) else { return Ok(None) };
+                match before_damage(log, damage, reach, plan) {
+                    Err(PlanError::Log(LogError::Damaged { .. })) => Ok(None),
+                    found => found.map(Some),
+                }
             }
+            found => found,
         }
-        found => found,
     };
     plan_each(snapshot, ladder, pins, now, &readable)
 }
@@ -115,8 +121,8 @@ pub(crate) fn plan_readable(
 /// Plans for one log, as far as it is told to.
 type Planning<'a> = &'a dyn Fn(Reach) -> Result<Option<Plan>, PlanError>;
 
-/// Looks at one log with what plans for it.
-type Look<'a> = &'a dyn Fn(&Snapshot, Planning<'_>) -> Result<Option<Plan>, PlanError>;
+/// Looks at one log, the oldest being the first, with what plans for it.
+type Look<'a> = &'a dyn Fn(usize, &Snapshot, Planning<'_>) -> Result<Option<Plan>, PlanError>;
 
 fn plan_each(
     snapshot: &Snapshot,
@@ -128,12 +134,13 @@ fn plan_each(
     let mut logs = snapshot.logs();
     let in_use = logs.pop().expect("a snapshot has a log");
     let mut next = first_point(&in_use);
-    let of_in_use = look(&in_use, &|reach| plan(&in_use, ladder, pins, now, Pressure::None, reach))?;
+    let of_in_use =
+        look(logs.len(), &in_use, &|reach| plan(&in_use, ladder, pins, now, Pressure::None, reach))?;
     let mut plans = vec![(in_use, of_in_use)];
-    for log in logs.into_iter().rev() {
+    for (nth, log) in logs.into_iter().enumerate().rev() {
         let planned = match next {
             Some(next) => {
-                look(&log, &|reach| plan_ended(&log, next, ladder, pins, (now, Pressure::None), reach))?
+                look(nth, &log, &|reach| plan_ended(&log, next, ladder, pins, (now, Pressure::None), reach))?
             }
             None => None,
         };
