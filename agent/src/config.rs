@@ -29,6 +29,10 @@ pub struct Config {
     /// How local I/O is done that may wait for a device.
     #[serde(default)]
     pub io_engine: IoEngine,
+    /// For how long a disk's thread looks for the next request before it goes to sleep, in microseconds; 0: not at
+    /// all. Default: [`POLL_MAX_US`].
+    #[serde(default = "poll_max_us")]
+    pub poll_max_us: u32,
     /// Where disks spill what the receiver lacks and memory has no room for; created when missing.
     /// Default: nowhere.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -55,6 +59,16 @@ pub struct Config {
     /// TLS of `tls://` receivers, for disks that name no certificates of their own. Default: none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stream_tls: Option<StreamTls>,
+}
+
+/// About what a client on the same host takes for its turn.
+pub const POLL_MAX_US: u32 = 100;
+
+/// Whoever waits for longer can be woken.
+const POLL_LIMIT_US: u32 = 10_000;
+
+fn poll_max_us() -> u32 {
+    POLL_MAX_US
 }
 
 /// Bounds of what is written to the points that an agent serves.
@@ -95,6 +109,10 @@ impl Config {
     /// What cannot be, in a sentence.
     pub fn check(&self) -> Result<(), String> {
         self.limits.check().map_err(|why| format!("limits: {why}"))?;
+        if self.poll_max_us > POLL_LIMIT_US {
+            let most = format!("expected at most {POLL_LIMIT_US}, or 0 for not at all");
+            return Err(format!("poll_max_us is {} microseconds, {most}", self.poll_max_us));
+        }
         self.shared_uri()?;
         self.spill().map(|_| ())
     }
@@ -171,12 +189,15 @@ mod tests {
     #[test]
     fn limits_that_cannot_be_are_refused_as_those_of_an_attach_are() {
         assert_eq!(config("").check(), Ok(()));
+        assert_eq!(config("").poll_max_us, POLL_MAX_US);
+        assert_eq!(config(r#", "poll_max_us": 0"#).check(), Ok(()));
         assert_eq!(config(r#", "limits": {"guest_delay_max_ms": 0}"#).check(), Ok(()));
         for (more, part) in [
             (r#", "limits": {"bitmap_bytes": 4096}"#, "limits: the bitmap of changed blocks needs"),
             (r#", "limits": {"window_bytes": 0}"#, "limits: the retained window"),
             (r#", "limits": {"activity_extent_bytes": 65537}"#, "limits: an extent of the activity log"),
             (r#", "spill_size": 1048576"#, "no spill_dir"),
+            (r#", "poll_max_us": 10001"#, "expected at most 10000, or 0 for not at all"),
             (r#", "nbd_listen": "/run/disks.nbd""#, "nbd_listen: expected nbd://host:port/export"),
         ] {
             let why = config(more).check().unwrap_err();

@@ -25,6 +25,6 @@ mod watch;
 
 pub use agent::{Agent, AgentError, Surroundings};
 pub use backtide_socket::Sockets;
-pub use config::{Config, IoEngine, MountLimits, Places};
+pub use config::{Config, IoEngine, MountLimits, POLL_MAX_US, Places};
 pub use look::{look, lost};
 pub use successor::Successor;

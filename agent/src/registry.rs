@@ -46,7 +46,7 @@ use crate::{
     claims::{Claim, Claimed, Claims, Identity, Standing},
     config::{Config, IoEngine, Places},
     disk::{
-        self, DiskHandle, InPlace, Opened,
+        self, DiskHandle, InPlace, Opened, PollSeats,
         source::{Remote, Sources},
     },
     qcow2::{Access, Qcow2Server, format_of},
@@ -101,11 +101,12 @@ const fn patience_of(standing: Standing) -> Duration {
 const PREDECESSOR_POLL: Duration = Duration::from_millis(5);
 
 /// How disks' images are read and written.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct LocalIo {
     /// Of disks that do not say.
     pub(crate) cache: CacheMode,
     pub(crate) engine: IoEngine,
+    poll_seats: Arc<PollSeats>,
 }
 
 struct Attached {
@@ -134,7 +135,11 @@ impl Registry {
             nbd_rule: config.nbd_rule(),
             stream_tls: config.stream_tls.clone(),
             nbd_limits: config.nbd,
-            local_io: LocalIo { cache: config.cache, engine: config.io_engine },
+            local_io: LocalIo {
+                cache: config.cache,
+                engine: config.io_engine,
+                poll_seats: PollSeats::new(Duration::from_micros(config.poll_max_us.into())),
+            },
             disks: RwLock::default(),
             claims: Arc::default(),
             sources: Arc::new(Remote),
@@ -363,6 +368,7 @@ impl Registry {
         let behind = qcow2.as_ref().map_or(record.image.clone(), |server| server.uri().to_owned());
         let (record, mut opened) = self.open(record, behind, stamp.clone(), patience).await?;
         opened.io_engine = self.local_io.engine;
+        opened.poll_seats = Arc::clone(&self.local_io.poll_seats);
         opened.tls = record.stream_tls.clone().or_else(|| self.stream_tls.clone());
         opened.nbd = self.nbd_limits;
         // Of a qcow2 file the length says nothing about the disk.

@@ -101,6 +101,7 @@ impl Local {
             limits: backtide_agent_api::LimitsRequest::default(),
             cache: backtide_agent_api::CacheMode::default(),
             io_engine: backtide_agent::IoEngine::default(),
+            poll_max_us: backtide_agent::POLL_MAX_US,
             spill_dir: None,
             spill_size: None,
             nbd_listen: None,

@@ -373,6 +373,10 @@ pub struct Counters {
     pub degraded_answers: u64,
     /// Guest requests that were delayed because the retained window filled up.
     pub delayed_answers: u64,
+    /// How long the disk's thread has looked in vain for the guest's next request, instead of having slept, in
+    /// microseconds.
+    #[serde(default)]
+    pub polled_us: u64,
     /// Reads for passes and verifies given up because the guest had waited its time for them.
     pub reads_gave_way: u64,
     /// Guest changes that waited for the activity log.

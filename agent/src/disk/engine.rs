@@ -26,6 +26,7 @@ use tokio::sync::Notify;
 use super::{
     local::{Began, Purpose, SharedLocal, failure},
     marking::MarkWaits,
+    polling::Polling,
     refused::{Refused, refuse},
     tracking::Tracking,
 };
@@ -61,6 +62,7 @@ pub(crate) struct Engine {
     /// Reads of passes that failed, which are said as rarely.
     failed_reads: Refused,
     pub(crate) traffic: Traffic,
+    pub(super) polling: Polling,
     /// When everything was at the receiver last.
     caught_up: Cell<Instant>,
 }
@@ -111,6 +113,7 @@ impl Engine {
         make: impl FnOnce(Now) -> Filter,
         local: SharedLocal,
         tracking: Rc<Tracking>,
+        polling: Polling,
     ) -> Rc<Self> {
         let started = Instant::now();
         Rc::new(Self {
@@ -133,6 +136,7 @@ impl Engine {
             refused: Refused::default(),
             failed_reads: Refused::default(),
             traffic: Traffic::default(),
+            polling,
             caught_up: Cell::new(started),
         })
     }
@@ -165,6 +169,7 @@ impl Engine {
 
     /// A guest's change.
     pub(crate) fn submit(self: &Rc<Self>, change: Change, reply: Reply) {
+        self.polling.asked();
         let id = RequestId(self.next_request.get());
         self.next_request.set(id.0 + 1);
         let kind = match &change {
@@ -257,11 +262,13 @@ impl Engine {
 
     /// A guest's read. The filter only hears how long it takes.
     pub(crate) fn read(self: &Rc<Self>, range: ByteRange, reply: Reply) {
+        self.polling.asked();
         let watch = self.look(|filter| filter.watch_read(self.now()));
         self.start_local(LocalOp::Read(range), Purpose::Reader(range, reply, watch));
     }
 
     fn answer_read(&self, bytes: ByteCount, read: Result<LocalData, IoFailure>, reply: Reply) {
+        self.polling.answered();
         match read {
             Ok(LocalData::Read(data)) => {
                 add(&self.traffic.reads, 1);
@@ -339,6 +346,7 @@ impl Engine {
     fn complete(&self, request: RequestId, result: Result<Lsn, IoFailure>) {
         let pending = self.requests.borrow_mut().remove(&request);
         let Some(Pending { reply, kind }) = pending else { return };
+        self.polling.answered();
         match result {
             Ok(_) => {
                 match kind {

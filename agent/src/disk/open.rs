@@ -16,7 +16,7 @@ use backtide_units::{BlockCount, ByteCount, CaptureTime, DISK_SIZE_MAX, Lsn};
 use uuid::Uuid;
 
 use super::{
-    doubt,
+    PollSeats, doubt,
     in_place::InPlace,
     incomplete::{self, HydrationProblem, OpenedHydration},
     source::Sources,
@@ -65,6 +65,8 @@ pub(crate) struct Opened {
     /// The sign of life in it.
     pub(crate) alive: SignOfLife,
     pub(crate) io_engine: IoEngine,
+    /// With whom its thread polls in turn.
+    pub(crate) poll_seats: Arc<PollSeats>,
     /// See [`trust::known_until`].
     pub(crate) known_until: Option<CaptureTime>,
     /// TLS of the stream, for a `tls://` receiver.
@@ -191,7 +193,7 @@ pub(crate) async fn open(
     let settings = settings(&record, attach, behind.size());
     // A fenced disk sends nothing; what it has left in the spill is of another history than the receiver's by now.
     let spill = records.spill().filter(|_| !record.fenced).map(|place| place.open(&settings));
-    let io_engine = IoEngine::default();
+    let (io_engine, poll_seats) = (IoEngine::default(), Arc::default());
     let (tls, nbd, in_place, beside) = (None, Default::default(), None, None);
     let opened = Opened {
         record,
@@ -201,6 +203,7 @@ pub(crate) async fn open(
         tracking,
         alive,
         io_engine,
+        poll_seats,
         known_until,
         tls,
         nbd,

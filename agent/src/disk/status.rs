@@ -375,6 +375,7 @@ fn counters(engine: &Engine, status: &Status) -> Counters {
         failed_changes: filter.failed_changes,
         degraded_answers: filter.degraded_answers,
         delayed_answers: filter.delayed_answers,
+        polled_us: u64::try_from(engine.polling.spent().as_micros()).unwrap_or(u64::MAX),
         reads_gave_way: filter.reads_abandoned,
         cold_changes: filter.cold_changes,
         snapshots: filter.snapshots,

@@ -30,6 +30,7 @@ use super::{
     nbd_disk::{BehindError, NbdDisk},
     open::{Behind, Opened},
     past_agent::PastAgent,
+    polling::Polling,
     status::Verifies,
     stream::Stream,
     tracking::Tracking,
@@ -163,7 +164,8 @@ impl Disk {
     async fn begin(opened: Opened, records: Records, entrance: Entrance) -> Result<Self, StartError> {
         let Entrance { nbd, sockets, shared } = entrance;
         let (limits, spill) = (opened.nbd, opened.spill);
-        let Opened { record, behind, settings, resume, tracking, io_engine, known_until, tls, .. } = opened;
+        let Opened { record, behind, settings, resume, tracking, io_engine, poll_seats, .. } = opened;
+        let (known_until, tls) = (opened.known_until, opened.tls);
         let (medium, image) = match behind {
             Behind::Image(image) => {
                 let image = Arc::new(image);
@@ -182,7 +184,12 @@ impl Disk {
         let (signed, kind) = ((tracking, opened.alive), (settings.activity, settings.size));
         let (tracking, left) = Tracking::new(signed, kind, records.clone(), record.name.clone(), spill);
         let life = Life::new(Rc::clone(&tracking), opened.in_place, image.clone());
-        let engine = Engine::new(|now| Filter::new(settings, resume, now), Rc::new(local), tracking);
+        let engine = Engine::new(
+            |now| Filter::new(settings, resume, now),
+            Rc::new(local),
+            tracking,
+            Polling::new(poll_seats),
+        );
         super::engine::set_pace(&engine, &record.limits);
         engine.happen(|filter, now| {
             filter.lsns_reserved(now, record.lsn_bound);
@@ -221,6 +228,8 @@ impl Disk {
             tokio::task::spawn_local(Rc::clone(&stream).keep());
         }
         tokio::task::spawn_local(Rc::clone(&engine).keep_ring());
+        let polled = Rc::clone(&engine);
+        tokio::task::spawn_local(async move { polled.polling.keep().await });
         tokio::task::spawn_local(super::forgotten::keep(Rc::clone(&engine)));
         engine.local.hydrate();
         KillPoint::AttachServed.reached();

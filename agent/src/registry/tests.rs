@@ -27,6 +27,7 @@ pub(super) fn registry_on(directory: &Path, storage: Arc<dyn Storage>) -> Arc<Re
         limits: backtide_agent_api::LimitsRequest::default(),
         cache: CacheMode::default(),
         io_engine: IoEngine::default(),
+        poll_max_us: 0,
         spill_dir: None,
         spill_size: None,
         nbd_listen: None,

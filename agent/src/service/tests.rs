@@ -25,6 +25,7 @@ fn service(directory: &std::path::Path) -> Arc<Service> {
         limits: backtide_agent_api::LimitsRequest::default(),
         cache: backtide_agent_api::CacheMode::default(),
         io_engine: crate::config::IoEngine::default(),
+        poll_max_us: 0,
         spill_dir: None,
         spill_size: None,
         nbd_listen: None,

@@ -46,6 +46,10 @@ pub(crate) struct Run {
     /// where the host allows it (`auto`) [default: auto]
     #[arg(long, value_name = "ENGINE", value_parser = ["auto", "io-uring", "threads"])]
     io_engine: Option<String>,
+    /// For how long a disk's thread looks for a guest's next request before it goes to sleep, in microseconds, as long as
+    /// requests come so soon and nobody else wants the processor; 0 for not at all [default: 100]
+    #[arg(long, value_name = "US")]
+    poll_max: Option<u32>,
     /// Where disks keep what the receiver lacks and memory has no room for, so that an outage of
     /// minutes leaves no hole [default: nowhere]
     #[arg(long, value_name = "DIR", env = "BACKTIDE_SPILL_DIR", hide_env_values = true)]
@@ -126,6 +130,7 @@ impl Run {
         settings.set_places(api, || places.agent_api(), places)?;
         settings.set_default("state", || places.agent_state())?;
         settings.set("io_engine", self.io_engine)?;
+        settings.set("poll_max_us", self.poll_max)?;
         settings.directory("state")?;
         settings.directory("run")?;
         settings.set("spill_dir", self.spill_dir)?;

@@ -104,6 +104,36 @@ fn the_engine_can_be_chosen() {
 }
 
 #[test]
+fn the_thread_of_a_busy_disk_looks_for_requests_and_that_can_be_forbidden() {
+    let bench = Bench::new();
+    let _receiver = bench.receiver();
+    bench.image("vm1.img", SIZE);
+    let polled = |disk: &Disk| disk.status()["counters"]["polled_us"].as_u64().expect("a time");
+    let write = |disk: &Disk| disk.qemu_io(&["write -P 1 0 4k"; 32]);
+    let agent = bench.daemon(&["agent", "run", "--poll-max", "0"]);
+    let disk = bench.attach("vm1", "vm1.img", &[]);
+    write(&disk);
+    assert_eq!(polled(&disk), 0);
+    bench.json(&["detach", "vm1"]);
+    assert_eq!(agent.stop(), 0);
+    let processors = std::thread::available_parallelism().expect("a number of processors").get();
+    let agent = bench.daemon(&["agent", "run", "--poll-max", "10000"]);
+    let disk = bench.attach("vm1", "vm1.img", &[]);
+    write(&disk);
+    while processors > 1 && polled(&disk) == 0 {
+        write(&disk);
+    }
+    bench.json(&["detach", "vm1"]);
+    assert_eq!(agent.stop(), 0);
+    let refused = bench.run(&["agent", "run", "--poll-max", "10001"]);
+    assert_eq!(refused.code, 2);
+    assert!(
+        refused.sentence().contains("poll_max_us is 10001 microseconds, expected at most 10000"),
+        "{refused:?}"
+    );
+}
+
+#[test]
 fn what_cannot_be_direct_is_refused_with_the_way_out() {
     let bench = Bench::new();
     let _agent = bench.agent();
