@@ -368,7 +368,9 @@ impl Registry {
         let behind = qcow2.as_ref().map_or(record.image.clone(), |server| server.uri().to_owned());
         let (record, mut opened) = self.open(record, behind, stamp.clone(), patience).await?;
         opened.io_engine = self.local_io.engine;
-        opened.poll_seats = Arc::clone(&self.local_io.poll_seats);
+        if opened.behind.uses_page_cache() {
+            opened.poll_seats = Arc::clone(&self.local_io.poll_seats);
+        }
         opened.tls = record.stream_tls.clone().or_else(|| self.stream_tls.clone());
         opened.nbd = self.nbd_limits;
         // Of a qcow2 file the length says nothing about the disk.

@@ -65,7 +65,7 @@ pub(crate) struct Opened {
     /// The sign of life in it.
     pub(crate) alive: SignOfLife,
     pub(crate) io_engine: IoEngine,
-    /// With whom its thread polls in turn.
+    /// With whom its thread polls in turn; of none it polls not at all.
     pub(crate) poll_seats: Arc<PollSeats>,
     /// See [`trust::known_until`].
     pub(crate) known_until: Option<CaptureTime>,
@@ -264,6 +264,14 @@ impl Behind {
         match self {
             Self::Image(image) => image.alignment().map(|alignment| alignment.block),
             Self::Nbd(..) => None,
+        }
+    }
+
+    /// Whether most requests are answered out of the page cache, and none waits for a device or another server.
+    pub(crate) fn uses_page_cache(&self) -> bool {
+        match self {
+            Self::Image(image) => image.alignment().is_none(),
+            Self::Nbd(..) => false,
         }
     }
 

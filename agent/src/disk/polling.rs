@@ -7,6 +7,9 @@
 //! `adjust_polling_time` in its `util/aio-posix.c`): short waits double the window, longer ones halve it, and no
 //! window is left of a disk that is quiet, or of one whose client does not wait for answers.
 //!
+//! Only disks whose requests are answered out of the page cache poll. Where each waits for a device anyway, a guest was
+//! slower with polling than without (docs/performance.md).
+//!
 //! It takes processor time that nobody else wants, and no more: between two looks the thread offers its processor to
 //! others; when one takes it for long, this thread leaves off for a while. Of all the disks of an agent only a few poll
 //! at once, see [`PollSeats`].

@@ -124,6 +124,11 @@ fn the_thread_of_a_busy_disk_looks_for_requests_and_that_can_be_forbidden() {
         write(&disk);
     }
     bench.json(&["detach", "vm1"]);
+    // Each of whose requests waits for the device.
+    let disk = bench.attach("vm1", "vm1.img", &["--cache", "direct"]);
+    write(&disk);
+    assert_eq!(polled(&disk), 0);
+    bench.json(&["detach", "vm1"]);
     assert_eq!(agent.stop(), 0);
     let refused = bench.run(&["agent", "run", "--poll-max", "10001"]);
     assert_eq!(refused.code, 2);
