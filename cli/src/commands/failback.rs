@@ -140,7 +140,8 @@ fn here_text(name: &DiskName, report: &FailbackReport) -> String {
     text
 }
 
-async fn look_at(receiver: &ReceiverClient, name: &DiskName) -> Result<ReceiverDisk, Failure> {
+/// A disk, as its receiver has it now.
+pub(crate) async fn look_at(receiver: &ReceiverClient, name: &DiskName) -> Result<ReceiverDisk, Failure> {
     let disk = receiver.disks(Some(name)).await?.disks.into_iter().next();
     disk.ok_or_else(|| failed("the receiver answered nothing"))
 }
@@ -209,7 +210,7 @@ fn report_text(disk: &ReceiverDisk, report: &FailbackReport) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use backtide_agent_api::{DiskStatus, PeerError};
     use backtide_units::{ByteCount, CaptureTime, DiskId, HistoryId, Lsn};
     use serde_json::json;
@@ -248,7 +249,7 @@ mod tests {
     }
 
     /// The receiver's words about the disk.
-    fn told(connected: bool) -> Answer {
+    pub(crate) fn told(connected: bool) -> Answer {
         let disk = json!({
             "name": "vm1", "uuid": DiskId::random(), "size": 1 << 20, "history": HistoryId::random(), "epoch": 9,
             "connected": connected, "in_pass": false, "received": 90, "durable": 90, "last_time": null,

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use backtide_agent_api::{ImageFormat, StreamTls};
-use backtide_control::Address;
+use backtide_control::{Address, ApiError, ErrorCode};
 use backtide_receiver_api::{ReceiverDisk, ResolvedPoint};
 use backtide_units::DiskName;
 use clap::Args;
@@ -14,11 +14,12 @@ use crate::{
         attach::{
             Policy, absolute_image, adopted_of, attached_ending, first_contact, image_format, keep_ack,
         },
+        failback::look_at,
         stream_tls::absolute_folder,
     },
     confirm::confirm,
     context::Context,
-    ending::{Ending, Failure, failed},
+    ending::{Ending, Failure},
     output::status::disk_text,
     quantity::time_text,
 };
@@ -61,8 +62,7 @@ impl Failover {
     pub(crate) async fn run(self, context: &Context) -> Result<Ending, Failure> {
         let agent = context.agent()?;
         let receiver = context.receiver(&ReceiverApi { receiver: self.receiver_api.clone() })?;
-        let disk = receiver.disks(Some(&self.name)).await?.disks.into_iter().next();
-        let disk = disk.ok_or_else(|| failed("the receiver answered nothing"))?;
+        let disk = look_at(&receiver, &self.name).await?;
         let latest = receiver.resolve(&self.name, "latest").await?;
         context.remark(latest.warning.as_deref());
         let what = plan_text(&disk, &latest);
@@ -70,6 +70,10 @@ impl Failover {
             context.tell(&what);
         } else {
             confirm(context, &what).await?;
+        }
+        // Nobody has agreed to fence whoever came since it was looked, nor was told that anybody is there.
+        if !disk.connected && look_at(&receiver, &self.name).await?.connected {
+            return Err(has_come(&disk));
         }
         let image = absolute_image(&self.image)?;
         let mut request = self.policy.request(disk.name.clone(), image, self.receiver, self.nbd);
@@ -92,6 +96,13 @@ impl Failover {
     }
 }
 
+fn has_come(disk: &ReceiverDisk) -> Failure {
+    let message =
+        format!("an agent is connected with disk {} now, and was not a moment ago", disk.name.as_str());
+    let hint = "nothing was done: the same command, given again, shows it and fences that agent";
+    ApiError::new(ErrorCode::Busy, message).with_hint(hint).into()
+}
+
 fn plan_text(disk: &ReceiverDisk, latest: &ResolvedPoint) -> String {
     let name = disk.name.as_str();
     let goes_on = format!(
@@ -104,5 +115,59 @@ fn plan_text(disk: &ReceiverDisk, latest: &ResolvedPoint) -> String {
         true => format!(
             "{goes_on}: an agent is CONNECTED with it now, and whatever its guest writes from now on is lost"
         ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use backtide_receiver_api::DiskRef;
+    use backtide_units::{ByteCount, CaptureTime, DiskId, Lsn};
+    use clap::Parser;
+
+    use super::*;
+    use crate::{
+        commands::failback::tests::told,
+        played_agent::{Answer, PlayedAgent},
+    };
+
+    #[derive(Parser)]
+    struct Given {
+        #[command(flatten)]
+        failover: Failover,
+    }
+
+    fn failover(receiver: &PlayedAgent) -> Failover {
+        let api = receiver.address().to_string();
+        let given = ["failover", "vm1", "/vm1.img", "--receiver", "unix:/r", "--yes", "--receiver-api", &api];
+        Given::parse_from(given).failover
+    }
+
+    /// The receiver's words about the disk's latest point.
+    fn latest() -> Answer {
+        let disk = DiskRef { name: "vm1".parse().unwrap(), uuid: DiskId::random(), size: ByteCount(1 << 20) };
+        let asked = "latest".to_owned();
+        let (lsn, time) = (Lsn(90), CaptureTime(5));
+        let point = ResolvedPoint { disk, asked, lsn, time, warning: None, unheard: false };
+        Some((200, serde_json::to_value(point).unwrap()))
+    }
+
+    #[tokio::test]
+    async fn whoever_comes_while_it_is_asked_for_is_not_fenced() {
+        for (before, then, begun) in [(false, true, 0), (false, false, 1), (true, true, 1)] {
+            let receiver = PlayedAgent::answering(
+                [told(before), latest()].into_iter().chain(std::iter::repeat(told(then))),
+            );
+            let refused = ApiError::new(ErrorCode::Refused, "no room");
+            let refused = Some((409, serde_json::to_value(refused).unwrap()));
+            let agent = PlayedAgent::answering([refused]);
+            let context = agent.context();
+            let ended = failover(&receiver).run(&context).await;
+            let Err(Failure::Error(error)) = ended else { panic!("{ended:?}") };
+            assert_eq!(agent.calls().len(), begun, "{error}");
+            assert_eq!(
+                (error.code == ErrorCode::Busy, context.at_agent().is_some()),
+                (begun == 0, begun == 1)
+            );
+        }
     }
 }
