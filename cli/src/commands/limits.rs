@@ -38,7 +38,7 @@ impl LimitsOf {
             true => agent.disk(&self.name).await?,
             false => agent.set_limits(&self.name, change).await?,
         };
-        context.print(&disk, || limits_text(&disk.limits))?;
+        context.print(&disk, || limits_text(&disk))?;
         Ok(unless_saved(context, &disk))
     }
 }

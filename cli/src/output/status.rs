@@ -1,8 +1,8 @@
 //! Disks' status: a line each, or one in full.
 
 use backtide_agent_api::{
-    CacheMode, DiskStatus, HydrationStatus, Limits, Mode, OnOutage, Origin, PassKind, ResyncStatus, Rewound,
-    Spill, StreamTlsStatus,
+    AckPolicy, CacheMode, DiskStatus, HydrationStatus, Mode, OnOutage, Origin, PassKind, ResyncStatus,
+    Rewound, Spill, StreamTlsStatus,
 };
 
 use crate::{
@@ -335,7 +335,8 @@ fn delay_text(disk: &DiskStatus) -> String {
 }
 
 /// The bounds of a disk, a line each.
-pub(crate) fn limits_text(limits: &Limits) -> String {
+pub(crate) fn limits_text(disk: &DiskStatus) -> String {
+    let limits = &disk.limits;
     let rate = match limits.resync_bytes_per_second_max.0 {
         0 => "as fast as it goes".to_owned(),
         _ => format!("{}/s at the most", size_text(limits.resync_bytes_per_second_max)),
@@ -348,11 +349,17 @@ pub(crate) fn limits_text(limits: &Limits) -> String {
         0 => "never".to_owned(),
         ms => format!("{ms} ms at the most"),
     };
+    // As the engine has it: who may block never gives the receiver up, and a disk of which no request waits for it goes on.
+    let outage = match (disk.ack, disk.on_outage) {
+        (AckPolicy::Local, _) => "never: no request waits for the receiver".to_owned(),
+        (_, OnOutage::Block) => "never: the guest waits".to_owned(),
+        (_, OnOutage::Continue) => format!("after {} ms", limits.outage_after_ms),
+    };
     facts(&[
         ("resync", rate),
         ("adds to the guest's latency", latency),
         ("a full window delays the guest", delay),
-        ("silence is an outage", format!("after {} ms", limits.outage_after_ms)),
+        ("silence is an outage", outage),
         ("window", size_text(limits.window_bytes)),
         ("resync buffer", size_text(limits.resync_buffer_bytes)),
         ("bitmap", size_text(limits.bitmap_bytes)),

@@ -301,3 +301,18 @@ fn an_image_that_cannot_be_used_is_shown_first() {
     assert!(table(std::slice::from_ref(&disk)).contains(&format!("image error: {trouble}")));
     assert!(disk_text(&disk).contains(&trouble));
 }
+
+#[test]
+fn limits_tell_when_silence_is_no_outage() {
+    let text = |ack, on_outage| limits_text(&DiskStatus { ack, on_outage, ..in_sync() });
+    let continues = text(AckPolicy::Durable, OnOutage::Continue);
+    assert!(continues.contains("after 5000 ms"), "{continues}");
+    for ack in [AckPolicy::Received, AckPolicy::Durable] {
+        let blocks = text(ack, OnOutage::Block);
+        assert!(blocks.contains("never: the guest waits"), "{blocks}");
+    }
+    for on_outage in [OnOutage::Continue, OnOutage::Block] {
+        let local = text(AckPolicy::Local, on_outage);
+        assert!(local.contains("never: no request waits for the receiver"), "{local}");
+    }
+}
