@@ -88,7 +88,11 @@ impl HydratingDisk {
                 }
                 Ok(_) => "the receiver's answer is not what was asked for".to_owned(),
                 Err(FetchError::Damaged(why)) => return Some(Err(why)),
-                Err(FetchError::Unreachable(why)) => why,
+                Err(FetchError::Unreachable(why)) => {
+                    // Whoever is away now refuses nothing, and may not when it is back.
+                    self.refused.set(false);
+                    why
+                }
                 Err(FetchError::Refused(why)) => {
                     if !self.refused.replace(true) {
                         tracing::error!(disk = %self.name, why, "the receiver does not give missing blocks: they wait for a person");

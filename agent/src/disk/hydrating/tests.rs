@@ -258,6 +258,26 @@ async fn a_receiver_that_is_away_is_waited_for_and_a_disk_given_up_waits_no_long
 }
 
 #[tokio::test]
+async fn a_receiver_that_is_away_after_it_refused_is_waited_for() {
+    LocalSet::new()
+        .run_until(async {
+            let bench = Bench::new();
+            bench.source.set_refuses(true);
+            let read = bench.start(LocalOp::Read(bytes(100 * BLOCK..101 * BLOCK)));
+            bench.source.until_asked(2).await;
+            assert!(bench.disk.status().unwrap().stuck);
+            bench.source.set_away(true);
+            let asked = bench.source.asked().len();
+            bench.source.until_asked(asked + 2).await;
+            assert!(!bench.disk.status().unwrap().stuck);
+            bench.source.set_away(false);
+            bench.source.set_refuses(false);
+            assert!(matches!(read.await.unwrap(), Ok(LocalData::Read(_))));
+        })
+        .await;
+}
+
+#[tokio::test]
 async fn the_point_is_held_while_blocks_are_missing_and_by_nobody_then() {
     LocalSet::new()
         .run_until(async {

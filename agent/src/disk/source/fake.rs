@@ -23,6 +23,8 @@ pub(crate) struct FakeSource {
     end: Cell<(Lsn, LogPosition)>,
     /// Nobody answers.
     away: Cell<bool>,
+    /// It does not give what it has.
+    refuses: Cell<bool>,
     /// Answers wait until this is open.
     closed: Cell<bool>,
     opened: Notify,
@@ -57,6 +59,7 @@ impl FakeSource {
             content,
             end: Cell::new((Lsn::MAX, LogPosition(u64::MAX))),
             away: Cell::new(false),
+            refuses: Cell::new(false),
             closed: Cell::new(false),
             opened: Notify::new(),
             damaged: RefCell::default(),
@@ -76,6 +79,10 @@ impl FakeSource {
 
     pub(crate) fn set_away(&self, away: bool) {
         self.away.set(away);
+    }
+
+    pub(crate) fn set_refuses(&self, refuses: bool) {
+        self.refuses.set(refuses);
     }
 
     /// Answers wait from now on, until it is opened again.
@@ -199,6 +206,9 @@ impl PointSource for FakeSource {
             self.until_open().await;
             if self.away.get() {
                 return Err(FetchError::Unreachable("the receiver is away".to_owned()));
+            }
+            if self.refuses.get() {
+                return Err(FetchError::Refused("the receiver has no such point".to_owned()));
             }
             if self.damaged.borrow().touches(BlockRange::touched_by(range)) {
                 return Err(FetchError::Damaged("a checksum does not match".to_owned()));
