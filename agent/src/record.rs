@@ -366,10 +366,14 @@ impl Records {
             }
             None => return Err(invalid("it has no version".to_owned())),
         }
-        let record: DiskRecord =
+        let mut record: DiskRecord =
             serde_json::from_value(version).map_err(|error| invalid(error.to_string()))?;
         if record.lsn_bound > LSN_BOUND_MAX {
             return Err(invalid(format!("no disk has come to LSN {}", record.lsn_bound)));
+        }
+        // No attach is asked for that: the guest would wait for no receiver, whatever its policy promises.
+        if record.limits.outage_after_ms == 0 {
+            record.limits.outage_after_ms = Limits::default().outage_after_ms;
         }
         Ok(Some(record))
     }

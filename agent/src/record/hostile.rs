@@ -62,3 +62,16 @@ fn what_is_not_understood_of_a_clientele_costs_no_record() {
         assert_eq!(loaded.as_ref(), Some(&record), "{value}");
     }
 }
+
+#[test]
+fn a_record_that_makes_an_outage_of_every_silence_is_one_of_the_usual_time() {
+    let receiver: Address = "unix:/run/r.sock".parse().unwrap();
+    let mut record = DiskRecord::new("vm1".parse().unwrap(), "/images/vm1".to_owned(), receiver);
+    for (saved, loaded) in [(0, 5000), (1, 1), (700, 700)] {
+        record.limits.outage_after_ms = saved;
+        let records = Records::new(Arc::new(MemoryStorage::new()));
+        records.save(&record).unwrap();
+        let found = records.load(&record.name).unwrap().unwrap();
+        assert_eq!(found.limits.outage_after_ms, loaded);
+    }
+}
