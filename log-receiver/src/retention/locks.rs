@@ -113,6 +113,13 @@ impl Locks {
         }
     }
 
+    /// The same of a lock that was added to all points.
+    pub(crate) fn take_all_back(&mut self, added: Lock, before: Option<Lock>) {
+        if self.all == Some(added) {
+            self.all = before;
+        }
+    }
+
     /// Forgets those that have ended.
     pub(crate) fn prune(&mut self, now: Moment) {
         self.all = self.all.filter(|lock| lock.holds(now));
@@ -232,5 +239,20 @@ mod tests {
         let mut others = extended.clone();
         others.take_back(lsn, locked(100), None);
         assert_eq!(others, extended, "somebody else has locked it for longer");
+    }
+
+    #[test]
+    fn only_a_lock_of_all_points_that_nobody_has_touched_since_is_taken_back() {
+        let at = |until| Lock { until: CaptureTime(until), open_us: 9 };
+        for before in [None, Some(at(50))] {
+            let mut locks = Locks { all: before, ..Locks::default() };
+            locks.add(None, at(100));
+            let mut longer = locks.clone();
+            locks.take_all_back(at(100), before);
+            assert_eq!(locks.all, before);
+            longer.add(None, at(200));
+            longer.take_all_back(at(100), before);
+            assert_eq!(longer.all, Some(at(200)), "somebody else has locked them for longer");
+        }
     }
 }

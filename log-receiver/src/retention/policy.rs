@@ -347,6 +347,7 @@ impl Policies {
     ///
     /// # Errors
     /// As [`Policies::change`].
+    #[cfg(test)]
     pub(crate) fn add_lock(
         &self,
         disk: DiskId,

@@ -13,6 +13,8 @@ use crate::{
 impl Service {
     pub(super) async fn lock_points(&self, request: LockRequest) -> Result<RetentionReport, ApiError> {
         let LockRequest { name, at, until } = request;
+        // Two that lock one point would take that of the other back.
+        let promising = self.promising.lock().await;
         let Found { disk, snapshot, .. } = self.look_at(&name).await?;
         let point = match &at {
             Some(at) => Some(self.resolve_in(&snapshot, at).await?),
@@ -30,15 +32,9 @@ impl Service {
                 format!("it is locked until {}: a lock never becomes shorter", time_text(known.ends(now))),
             ));
         }
-        // Two that lock one point would take that of the other back.
-        let promising = self.promising.lock().await;
         match (&at, point) {
             (Some(at), Some(point)) => self.lock_point(&name, disk.uuid, at, point, lock).await?,
-            (Some(_) | None, _) => {
-                let policies = self.policies.clone();
-                let locked = self.read(move || policies.add_lock(disk.uuid, None, lock)).await?;
-                locked.map_err(|error| not_changed(&error))?;
-            }
+            (Some(_) | None, _) => self.lock_all(&name, disk.uuid, lock).await?,
         }
         drop(promising);
         tracing::info!(disk = %disk.uuid, at = at.as_deref().unwrap_or("every point"), until = time_text(until), "locked");
@@ -69,6 +65,27 @@ impl Service {
         let take_back = move |policy: &mut Policy| {
             if let Some(added) = added {
                 policy.locks.take_back(lsn, added, before);
+            }
+        };
+        Err(self.promised_in_vain(disk, "lock", take_back, error).await)
+    }
+
+    async fn lock_all(&self, name: &DiskName, disk: DiskId, lock: retention::Lock) -> Result<(), ApiError> {
+        let policies = self.policies.clone();
+        let locked = self.read(move || {
+            let mut known = (None, None);
+            let changed = policies.change(disk, |policy| {
+                let before = policy.locks.all;
+                policy.locks.add(None, lock);
+                known = (before, policy.locks.all);
+            });
+            changed.map(|()| known)
+        });
+        let (before, added) = locked.await?.map_err(|error| not_changed(&error))?;
+        let Err(error) = self.look_at(name).await else { return Ok(()) };
+        let take_back = move |policy: &mut Policy| {
+            if let Some(added) = added {
+                policy.locks.take_all_back(added, before);
             }
         };
         Err(self.promised_in_vain(disk, "lock", take_back, error).await)

@@ -113,9 +113,14 @@ async fn a_full_store_shrinks_no_history_that_is_locked() {
 /// Tries until the disk was being forgotten when the point was looked for once more, which it never is in the end.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lock_and_a_kept_point_that_are_said_to_have_failed_are_not_there() {
-    let (mut locked_in_vain, mut kept_in_vain) = (false, false);
-    while !(locked_in_vain && kept_in_vain) {
-        let locks = !locked_in_vain;
+    /// What is promised, one after the other.
+    enum Promise {
+        Lock,
+        LockOfAll,
+        Kept,
+    }
+    let mut promises = vec![Promise::Kept, Promise::LockOfAll, Promise::Lock];
+    while let Some(promise) = promises.last() {
         let place = Place::new();
         let storage = Faulty::new();
         let receiver = place.start_on(storage.clone()).await;
@@ -124,14 +129,17 @@ async fn a_lock_and_a_kept_point_that_are_said_to_have_failed_are_not_there() {
         storage.set(Fault::SyncsWait);
         let asked = tokio::spawn({
             let api = client(&receiver);
+            let locks = match promise {
+                Promise::Lock => Some(lock(Some("lsn:8"), "1d")),
+                Promise::LockOfAll => Some(lock(None, "1d")),
+                Promise::Kept => None,
+            };
             async move {
-                match locks {
-                    true => api.lock(&lock(Some("lsn:8"), "1d")).await,
-                    false => {
-                        let (name, at) = (vm1(), "lsn:8".to_owned());
-                        api.keep(&KeepRequest { name, at, release: false, held: None }).await
-                    }
-                }
+                let Some(lock) = locks else {
+                    let (name, at) = (vm1(), "lsn:8".to_owned());
+                    return api.keep(&KeepRequest { name, at, release: false, held: None }).await;
+                };
+                api.lock(&lock).await
             }
         });
         // That of `retention.json`.
@@ -153,11 +161,7 @@ async fn a_lock_and_a_kept_point_that_are_said_to_have_failed_are_not_there() {
             assert_eq!((failed.code, failed.hint.as_deref()), (ErrorCode::Busy, None), "{failed:?}");
             let policy = &api.retention(Some(&vm1())).await.unwrap().disks[0];
             assert_eq!((policy.locks.len(), policy.keep.len()), (0, 0), "{policy:?}");
-            if locks {
-                locked_in_vain = true;
-            } else {
-                kept_in_vain = true;
-            }
+            promises.pop();
         }
         receiver.shutdown().await;
     }
