@@ -39,6 +39,10 @@ struct Shared {
     outages: Cell<u64>,
     /// The most answers that a server gave in it of what it was to make again.
     replayed: Cell<u64>,
+    /// A server was waited for in it while it made that stable.
+    flushed: Cell<bool>,
+    /// How many changes had failed when it began.
+    failures: Cell<u64>,
     /// Why it is away, for people.
     trouble: RefCell<Option<String>>,
     /// Whether this outage's failures were logged.
@@ -111,6 +115,8 @@ impl NbdDisk {
             outage: Cell::default(),
             outages: Cell::default(),
             replayed: Cell::default(),
+            flushed: Cell::default(),
+            failures: Cell::default(),
             trouble: RefCell::default(),
             told: Cell::default(),
             back: Notify::new(),
@@ -338,6 +344,8 @@ impl Shared {
             self.outage.set(Some(until));
             self.outages.set(self.outages.get() + 1);
             self.replayed.set(0);
+            self.flushed.set(false);
+            self.failures.set(self.unflushed.borrow().failures());
             tokio::task::spawn_local(Rc::clone(self).connect_again());
         }
         until
@@ -368,7 +376,6 @@ impl Shared {
     async fn reach_again(&self) -> Result<Client, BehindError> {
         let client = reach(&self.uri, self.size, ClientOptions::default()).await?;
         let (mark, changes) = (self.unflushed.borrow().flush(), self.unflushed.borrow().to_make_again());
-        let failures = self.unflushed.borrow().failures();
         if !changes.is_empty() {
             tracing::info!(uri = %self.uri, changes = changes.len(), "making again what was not flushed");
         }
@@ -376,7 +383,7 @@ impl Shared {
         let failure = self.make_again(&client, changes).await?;
         self.forget(failure);
         // No await from the last look to the caller's use of the connection.
-        if is_stable || self.unflushed.borrow().failures() != failures {
+        if is_stable || self.unflushed.borrow().failures() != self.failures.get() {
             match self.flush_again(&client).await? {
                 Ok(()) => self.unflushed.borrow_mut().flushed(mark),
                 Err(source) if client.lost().is_some() => {

@@ -3,7 +3,7 @@
 //! Invariants: of changes that overlap each is made when those before it are answered, all others side by side; none is
 //! stable before the flush at the end, if one of them was to be. One that is large goes in pieces, so that a server that
 //! works gives an answer now and then, whatever a guest had it do at once. As long as more is answered than ever in this outage
-//! requests wait on; a server that answers nothing is left for another connection.
+//! requests wait on, and once for as long as that flush may take; a server that answers nothing is left for another connection.
 
 use std::time::Duration;
 
@@ -72,6 +72,10 @@ impl Shared {
     /// # Errors
     /// When the connection has ended with it.
     pub(super) async fn flush_again(&self, client: &Client) -> Result<Result<(), ClientError>, BehindError> {
+        // Once: one that never answers is not waited for again and again.
+        if !self.flushed.replace(true) {
+            self.outage.set(Some(Instant::now() + REPLAY_FLUSH_MAX));
+        }
         let flushed = tokio::time::timeout(REPLAY_FLUSH_MAX, client.flush()).await;
         let what = "a flush of changes that were made again";
         flushed.map_err(|_| self.left(client, what, REPLAY_FLUSH_MAX))

@@ -243,6 +243,27 @@ fn what_is_made_again_is_stable_at_once_where_a_change_has_failed_meanwhile() {
 }
 
 #[test]
+fn and_where_it_failed_before_the_server_was_back() {
+    on_stage(async |Stage { behind, socket, server, disk }| {
+        let before = behind.flushes.get();
+        server.shutdown(Duration::ZERO).await;
+        let other = same(&disk);
+        let waiting = tokio::task::spawn_local(async move { other.run(read()).await.map(drop) });
+        while disk.shared.outage.get().is_none() {
+            tokio::task::yield_now().await;
+        }
+        disk.shared.outage.set(Some(Instant::now()));
+        disk.run(write()).await.unwrap_err();
+        let _server = serve(&behind, &socket).await;
+        while disk.shared.outage.get().is_some() {
+            disk.shared.back.notified().await;
+        }
+        assert_eq!(behind.flushes.get(), before + 1);
+        drop(waiting.await);
+    });
+}
+
+#[test]
 fn a_flush_that_is_refused_then_is_told_and_nothing_counts_as_stable_for_it() {
     on_stage(async |Stage { behind, socket, server, disk }| {
         behind.refuses_a_flush.set(true);
