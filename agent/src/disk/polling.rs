@@ -62,6 +62,7 @@ pub(crate) struct PollSeats {
 #[derive(Debug)]
 struct Seat {
     of: Arc<PollSeats>,
+    /// When the thread's turn began; it may have had none at times since.
     since: Instant,
 }
 
@@ -75,11 +76,15 @@ impl PollSeats {
         Arc::new(Self { max, free: AtomicUsize::new(seats), wanted: AtomicBool::new(false) })
     }
 
-    fn take(self: &Arc<Self>, now: Instant) -> Option<Seat> {
+    /// A seat for a turn that began then, if one is free. A new turn takes the place of whoever wanted one: that was this
+    /// thread, or one that comes again.
+    fn take(self: &Arc<Self>, since: Instant, is_new: bool) -> Option<Seat> {
         let taken =
             self.free.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |free| free.checked_sub(1)).is_ok();
-        self.wanted.store(!taken, Ordering::Relaxed);
-        taken.then(|| Seat { of: Arc::clone(self), since: now })
+        if is_new || !taken {
+            self.wanted.store(!taken, Ordering::Relaxed);
+        }
+        taken.then(|| Seat { of: Arc::clone(self), since })
     }
 }
 
@@ -197,17 +202,23 @@ impl Polling {
     /// Polls, for ever.
     pub(crate) async fn keep(&self) {
         let mut not_before = Instant::now();
+        // Since when it has had a seat whenever it wanted one.
+        let mut turn: Option<Instant> = None;
         loop {
             self.soon.notified().await;
             let now = Instant::now();
             if now < not_before || !self.is_due(now) {
                 continue;
             }
-            let Some(seat) = self.seats.take(now) else { continue };
+            let Some(seat) = self.seats.take(turn.unwrap_or(now), turn.is_none()) else {
+                turn = None;
+                continue;
+            };
+            turn = Some(seat.since);
             self.look(&seat, now).await;
             let now = Instant::now();
             if seat.is_over(now) {
-                not_before = now + TURN;
+                (turn, not_before) = (None, now + TURN);
             }
         }
     }
@@ -324,13 +335,16 @@ mod tests {
     fn a_seat_is_given_up_when_another_wants_it() {
         let seats = PollSeats::of(MAX, 1);
         let now = Instant::now();
-        let seat = seats.take(now).expect("a free seat");
+        let seat = seats.take(now, true).expect("a free seat");
         assert!(!seat.is_over(now + 10 * TURN), "nobody wants it");
-        assert!(seats.take(now).is_none());
+        assert!(seats.take(now, true).is_none());
         assert!(!seat.is_over(now));
         assert!(seat.is_over(now + TURN));
         drop(seat);
-        let seat = seats.take(now + TURN).expect("the seat is free again");
+        let seat = seats.take(now, false).expect("its turn goes on");
+        assert!(seat.is_over(now + TURN), "and is as long as any");
+        drop(seat);
+        let seat = seats.take(now + TURN, true).expect("the seat is free again");
         assert!(!seat.is_over(now + 10 * TURN), "who wanted it has it");
     }
 
