@@ -181,8 +181,9 @@ fn a_disk_whose_log_is_in_doubt_goes_on_at_another_host() {
     for complaint in ["is damaged", "damaged at"] {
         second.may_complain(complaint);
     }
+    // A warning where the damage was met by the time that it says how the disk is.
     let done = other.failover(&["--yes"]);
-    assert_eq!(done.code, 0, "{done:?}");
+    assert!([0, 3].contains(&done.code), "{done:?}");
     // All of it is there but what is damaged.
     tools::qemu_io(&other.uri(), &["read -P 0x11 0 1M", "write -P 0x22 4M 64k", "flush"]);
     other.settle();
