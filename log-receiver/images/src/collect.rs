@@ -62,6 +62,7 @@ impl Images {
             let length = self.length(number)?;
             self.shared.storage.remove(&path_of(number)).map_err(|e| self.failed("remove", number, e))?;
             self.forget_pack(number);
+            self.shared.durable.forget(number);
             collected.removed += 1;
             collected.bytes.0 += length;
             changed = true;

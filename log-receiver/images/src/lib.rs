@@ -11,6 +11,7 @@
 mod check;
 mod chunk;
 mod collect;
+mod durable;
 mod encode;
 mod error;
 mod having;

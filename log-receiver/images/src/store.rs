@@ -17,6 +17,7 @@ use bytes::Bytes;
 use crate::{
     Image, ImageError, Recent, Root,
     chunk::{ChunkHeader, ChunkRef, Kind},
+    durable::Durable,
     error::failed,
     image::ROOT_LENGTH,
     node::{NODE_LENGTH, Node},
@@ -71,6 +72,7 @@ pub(crate) struct Shared {
     /// Taken by whoever writes packs anew, which all of them do beside the old one under one name.
     pub(crate) rewriting: Mutex<()>,
     pub(crate) numbers: Numbers,
+    pub(crate) durable: Durable,
     /// Images that somebody has: their chunks stay, whatever is written anywhere.
     held: Mutex<BTreeMap<[u8; ROOT_LENGTH], Weak<Root>>>,
 }
@@ -91,6 +93,7 @@ impl Images {
                 buffers: BufferPool::default(),
                 rewriting: Mutex::default(),
                 numbers: Numbers::default(),
+                durable: Durable::default(),
                 held: Mutex::default(),
             }),
         }
@@ -179,7 +182,7 @@ impl Images {
         Ok(Pack::without_table(self.open_file(number)?, self.name_of(number), number))
     }
 
-    fn open_file(&self, number: u32) -> Result<Arc<dyn StorageFile>, ImageError> {
+    pub(crate) fn open_file(&self, number: u32) -> Result<Arc<dyn StorageFile>, ImageError> {
         let name = self.name_of(number);
         self.shared.storage.open(&path_of(number)).map_err(|source| {
             if source.kind() == io::ErrorKind::NotFound {

@@ -6,13 +6,14 @@
 //! and what this image is made of may be the last that is whole.
 //!
 //! Invariant: nothing may name an image before [`ImageWriter::finish`] has returned. A writer that is given up removes its
-//! packs, which nobody can name then; those of one that died [`Images::collect`] removes. One writer at a time, and none beside a
-//! collection. A mend may run beside one, and leaves its packs alone (`numbers.rs`).
+//! packs, which nobody can name then; those of one that died [`Images::collect`] removes, unless another has named what they have:
+//! that one makes them durable first (`durable.rs`). One writer at a time, and none beside a collection. A mend may run beside one, and leaves its packs alone (`numbers.rs`).
 
 use std::{path::Path, sync::Arc};
 
 use backtide_units::{ByteCount, ByteOffset, ByteRange, is_zeroes};
 use bytes::Bytes;
+use roaring::RoaringBitmap;
 
 use crate::{
     CHUNK_BYTES, Image, ImageError, Images, Recent, Root,
@@ -100,6 +101,8 @@ pub struct ImageWriter {
     known: Recent<[u8; 32], Known>,
     /// Those that known chunks are read from, without their tables.
     packs: Recent<u32, Arc<Pack>>,
+    /// Those of others that images of this writer name.
+    others: RoaringBitmap,
     encoder: Encoder,
     written: Written,
 }
@@ -118,7 +121,7 @@ impl Images {
         let numbers = self.numbers()?;
         let mut known = Recent::new(self.shared.limits.known_chunks_max);
         let mut room = self.shared.limits.known_chunks_max;
-        for number in numbers.iter().rev() {
+        for number in numbers.iter().rev().filter(|number| self.shared.durable.can_be_named(**number)) {
             // Not one that readers share: it may be the file before a collection wrote it anew, and name what has gone.
             let Ok(pack) = self.open_pack(*number) else { continue };
             // One that was not finished is removed by the next collection.
@@ -137,8 +140,8 @@ impl Images {
         let written = Written::default();
         let images = self.clone();
         let packs = Recent::new(self.shared.limits.open_packs_max.max(1));
-        let (pack, begun) = (None, Vec::new());
-        Ok(ImageWriter { images, pack, numbers: writing, next_pack, begun, known, packs, encoder, written })
+        let (pack, begun, others) = (None, Vec::new(), RoaringBitmap::new());
+        Ok(ImageWriter { images, pack, numbers: writing, next_pack, begun, known, packs, others, encoder, written })
     }
 }
 
@@ -169,6 +172,7 @@ impl ImageWriter {
     /// The file system's: then none may be.
     pub fn finish(mut self) -> Result<Written, ImageError> {
         self.finish_pack()?;
+        self.images.make_durable(&self.others)?;
         let storage = &self.images.shared.storage;
         let dir = Path::new(PACKS_DIR);
         for path in dir.ancestors() {
@@ -273,6 +277,7 @@ impl ImageWriter {
             if !self.is_whole(&name, known.offset) {
                 return Ok(None);
             }
+            self.others.insert(known.pack);
             self.known.put(hash, 1, Known { whole: true, ..known });
         }
         Ok(Some(name))
@@ -296,6 +301,7 @@ impl ImageWriter {
         let name = self.images.name_of(number);
         let file = self.images.shared.storage.create_new(&path_of(number));
         let file = file.map_err(|source| failed(format!("create {}", name.display()), source))?;
+        self.images.shared.durable.forget(number);
         self.begun.push(number);
         Ok(PackWriter::new(file, name, number))
     }
@@ -304,6 +310,7 @@ impl ImageWriter {
         if let Some(pack) = self.pack.take() {
             let number = pack.number();
             self.written.bytes.0 += pack.finish()?.0;
+            self.images.shared.durable.synced(number);
             // Whoever looked at it while it was written saw a part.
             self.images.forget_pack(number);
         }

@@ -2,5 +2,6 @@
 
 mod common;
 mod kept;
+mod killed;
 mod mending;
 mod putting_back;
