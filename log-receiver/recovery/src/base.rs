@@ -12,10 +12,12 @@
 //! or below the floor, and every image it names is durable. So readers take from the log what lies above the floor and from
 //! the image what the log has nothing of.
 
+mod apart;
 mod codec;
 mod inspect;
 mod put;
 
+pub use apart::{Apart, Elsewhere};
 pub use codec::MAGIC as BASE_MAGIC;
 pub use inspect::inspect_base;
 pub use put::{Doubt, settle_closed, sync_names};
@@ -216,10 +218,7 @@ pub fn forget_bases(storage: &dyn Storage, dir: &Path) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(error),
     };
-    let is_ours = |name: &&String| {
-        name.strip_prefix(&own).is_some_and(|rest| rest.starts_with('-') || rest.starts_with('.'))
-    };
-    let mut ours = names.iter().filter(is_ours).peekable();
+    let mut ours = names.iter().filter(|name| apart::is_below(name, &own)).peekable();
     if ours.peek().is_none() {
         return Ok(());
     }

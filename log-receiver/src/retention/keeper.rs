@@ -48,6 +48,8 @@ pub(crate) struct KeeperStatus {
     pub(crate) errors: BTreeMap<DiskId, String>,
     /// Why room could not be given back.
     pub(crate) error: Option<String>,
+    /// What is kept of logs whose directories are away, a sentence each.
+    pub(crate) apart: Vec<String>,
     /// Disks whose oldest history went although it was promised, since the receiver started.
     pub(crate) shrunk: BTreeMap<DiskId, u64>,
     /// Bytes of segments and packs that were removed since the receiver started.

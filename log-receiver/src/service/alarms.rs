@@ -77,7 +77,7 @@ impl Service {
         let mut alarms: Vec<String> = self.watch.check().err().into_iter().collect();
         let keeper = self.keeper.status();
         let low = free.and_then(|free| self.little_room(free, keeper.low));
-        alarms.extend(low.into_iter().chain(self.policies.damage()).chain(keeper.error));
+        alarms.extend(low.into_iter().chain(self.policies.damage()).chain(keeper.error).chain(keeper.apart));
         for facts in facts {
             let name = facts.name.as_ref().map_or_else(|| facts.id.to_string(), ToString::to_string);
             alarms.extend(facts.error.iter().map(|why| format!("disk {name}: {why}")));

@@ -7,13 +7,14 @@
 use std::time::Duration;
 
 use backtide_receiver_api::{ApiError, ErrorCode, ForgottenDisk, Mounts, OverlayFate, UnmountRequest};
-use backtide_recovery::{Attached, time_text};
+use backtide_recovery::{Attached, Elsewhere, time_text};
 use backtide_storage::KillPoint;
 use backtide_units::{ByteCount, DiskId, DiskName, Epoch};
 use tokio::sync::oneshot;
 
 use super::{Service, ending};
 use crate::{
+    Shelf,
     accept::Door,
     clock,
     disk::Disk,
@@ -131,9 +132,13 @@ impl Service {
         }
         let leaving: Option<Result<Leaving, String>> =
             self.ask_owner(disk, |answer| Task::Leave(disk, answer)).await?;
-        let leaving = leaving
-            .ok_or_else(|| self.unknown(name.as_str()))?
-            .map_err(|why| ApiError::new(ErrorCode::Busy, format!("disk {name} {why}")))?;
+        let leaving = match leaving {
+            Some(leaving) => {
+                leaving.map_err(|why| ApiError::new(ErrorCode::Busy, format!("disk {name} {why}")))?
+            }
+            None if self.has_images_of(disk).await? => Leaving { attached: None, log_bytes: ByteCount::ZERO },
+            None => return Err(self.unknown(name.as_str())),
+        };
         let Leaving { attached, log_bytes } = leaving;
         let known = attached.as_ref().map(|attached: &Attached| attached.name.clone());
         let stone = Tombstone {
@@ -164,6 +169,14 @@ impl Service {
                 Err(ApiError::new(ErrorCode::Busy, why).with_hint("`backtide retention show` tells it"))
             }
         }
+    }
+
+    /// Whether a disk whose directory is away has images still.
+    async fn has_images_of(&self, disk: DiskId) -> Result<bool, ApiError> {
+        let storage = self.storage.clone();
+        let listed = self.read(move || Elsewhere::list(&*storage)).await?;
+        let elsewhere = listed.map_err(|error| ApiError::from_error(ErrorCode::Failed, &error))?;
+        Ok(elsewhere.any_of(&Shelf::dir(disk, 1)))
     }
 
     /// Refuses while anything is promised of a disk that only its history can keep.

@@ -1,6 +1,7 @@
 //! A whole receiver over real sockets, driven by a hand-written agent and judged by real NBD clients.
 
 mod agent;
+mod away_disks;
 mod away_logs;
 mod base_in_doubt;
 mod checks;

@@ -1,7 +1,8 @@
 //! Gives room back: segments that logs do without and no reader has, and what no image has any more. Remembers what history
 //! went for want of it.
 //!
-//! Invariant: no image goes unless the base of every log was read, for nobody else knows which there are.
+//! Invariant: no image goes unless the base of every log was read, also of one whose directory is away, for nobody else knows
+//! which there are.
 
 use std::{
     collections::BTreeMap,
@@ -9,20 +10,22 @@ use std::{
 };
 
 use backtide_images::Root;
-use backtide_recovery::{FoundBase, remove_unused};
+use backtide_recovery::{Apart, Elsewhere, FoundBase, remove_unused};
 use backtide_units::{ByteCount, DiskId};
 
 use super::{Ending, Work, lock};
-use crate::{Shelf, disk::chain, retention::every_change_from};
+use crate::{Shelf, disk::chain, disks::DISKS, retention::every_change_from};
 
 impl Work {
     /// Removes segments and chunks that nobody has.
     pub(super) fn give_room_back(&mut self) -> Result<(), String> {
         let mut roots: Vec<Root> = Vec::new();
         let mut left = BTreeMap::<DiskId, ByteCount>::new();
-        let mut wrong = None;
+        let elsewhere = Elsewhere::list(&*self.shelf.storage).map_err(|error| chain(&error))?;
+        let logs = self.logs()?;
+        let mut wrong = self.keep_apart(elsewhere, &logs, &mut roots).err();
         // One log that cannot be read keeps only its own segments, and the images of all.
-        for (disk, dir) in self.logs()? {
+        for (disk, dir) in logs {
             let known = match self.remove_segments(&dir, &mut roots) {
                 Ok(known) => known,
                 // Half of it is gone: nobody has it any more.
@@ -60,6 +63,44 @@ impl Work {
         let removed = removed?;
         lock(&self.shared.status).freed.0 += removed.bytes.0;
         Ok(removed.left)
+    }
+
+    /// Adds the images of logs whose directories are away: those may be put back.
+    fn keep_apart(
+        &self,
+        elsewhere: Elsewhere,
+        logs: &[(DiskId, PathBuf)],
+        roots: &mut Vec<Root>,
+    ) -> Result<(), String> {
+        let dirs: Vec<PathBuf> = logs.iter().map(|(_, dir)| dir.clone()).collect();
+        // After the logs were listed: one that goes since then is no disk that is away.
+        let going: Vec<PathBuf> =
+            self.shelf.forgotten.going().iter().map(|(disk, _)| Shelf::dir(*disk, 1)).collect();
+        let apart = elsewhere.without(&*self.shelf.storage, &dirs, &going).map_err(|error| {
+            let why = chain(&error);
+            format!("nobody knows which images a log has whose directory is missing: {why}")
+        })?;
+        let mut told = Vec::new();
+        for Apart { file, disk, roots: named } in apart {
+            roots.extend(named);
+            // To forget it would take the other logs of the disk as well.
+            let or = match logs.iter().any(|(known, _)| *known == disk) {
+                true => "let go of them by removing that file".to_owned(),
+                false => format!("let go of them with `backtide forget {disk} --yes`"),
+            };
+            told.push(format!(
+                "a directory of disk {disk} is missing in {}, and the images that {} names stay: put it back and start the \
+                 receiver again, or {or}",
+                self.shelf.storage.display(Path::new(DISKS)).display(),
+                file.display()
+            ));
+        }
+        let mut status = lock(&self.shared.status);
+        for why in told.iter().filter(|why| !status.apart.contains(why)) {
+            tracing::warn!(why, "images of a disk that is away stay");
+        }
+        status.apart = told;
+        Ok(())
     }
 
     /// Remembers from when on every change of a disk is left.
