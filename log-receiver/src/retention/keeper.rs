@@ -7,6 +7,7 @@
 mod begin;
 mod damaged;
 mod ended;
+mod low;
 mod room;
 mod thin;
 
@@ -21,14 +22,14 @@ use std::{
 };
 
 use backtide_recovery::{LogError, Snapshot};
-use backtide_units::{ByteCount, DiskId};
+use backtide_units::{ByteCount, CaptureTime, DiskId};
 use tokio::sync::{mpsc, oneshot};
 
-use super::{Growth, PlanError, Policies, Pressure, every_change_from, forecast::Forecast};
+use super::{Growth, PlanError, Policies, Pressure, forecast::Forecast};
 use crate::{
     Shelf,
     accept::Door,
-    config::{OnFull, Retention},
+    config::Retention,
     disk::chain,
     facts::DiskFacts,
     ingest::{Readable, Task},
@@ -56,6 +57,8 @@ pub(crate) struct KeeperStatus {
     pub(crate) freed: ByteCount,
     /// The store has little room left.
     pub(crate) low: Option<String>,
+    /// No disk could give any of it the last time.
+    pub(crate) stuck: bool,
     /// How the store filled; none when it is too early to say.
     pub(crate) growth: Option<Growth>,
     /// Rounds that have ended.
@@ -90,6 +93,8 @@ struct Work {
     collect: bool,
     /// The disk whose history went last for want of room.
     shrunk_last: Option<DiskId>,
+    /// The newest of the single points that went last, of whatever disk.
+    dropped_last: Option<CaptureTime>,
     /// Bytes of history given up that are still there; none before the first look.
     left: Option<BTreeMap<DiskId, ByteCount>>,
     /// What was free when a log's images did not fit.
@@ -168,6 +173,7 @@ impl Keeper {
             shared: Arc::clone(&shared),
             collect: true,
             shrunk_last: None,
+            dropped_last: None,
             left: None,
             no_room: BTreeMap::new(),
             unreadable: BTreeMap::new(),
@@ -270,39 +276,9 @@ impl Work {
         // Before anything else goes.
         let doubtful = self.settle_all()?;
         disks.retain(|disk| doubtful.get(disk) != Some(&true));
-        if pressure == Pressure::Shrink {
-            // The longest history first, and one disk a round: then the room is looked at again.
-            let mut windows = Vec::new();
-            for disk in &disks {
-                let begins = self.all_logs(*disk)?.and_then(|snapshot| every_change_from(&snapshot));
-                windows.extend(begins.map(|begins| (begins.time, *disk)));
-            }
-            windows.sort();
-            disks = windows.into_iter().map(|(_, disk)| disk).collect();
-            // What went before must have given its room first, and more of such a disk would give none either.
-            let waits = self.left.is_none() || self.held().is_some();
-            disks.retain(|disk| !waits && self.left_of(*disk).0 == 0);
-        }
-        for disk in disks {
-            let Thinned { done, why, .. } = self.thin_all(disk, pressure)?;
-            match why {
-                None if doubtful.contains_key(&disk) => {}
-                None => {
-                    lock(&self.shared.status).errors.remove(&disk);
-                }
-                Some(why) => {
-                    let before = lock(&self.shared.status).errors.insert(disk, why.clone());
-                    if before.as_ref() != Some(&why) {
-                        tracing::warn!(%disk, why, "old history stays");
-                    }
-                }
-            }
-            if done && pressure == Pressure::Shrink {
-                *lock(&self.shared.status).shrunk.entry(disk).or_default() += 1;
-                self.shrunk_last = Some(disk);
-                self.note_shrunk(disk)?;
-                break;
-            }
+        match pressure {
+            Pressure::None => self.thin_each(&disks, &doubtful)?,
+            Pressure::Shrink => self.shrink(disks, &doubtful)?,
         }
         let rounds = lock(&self.shared.status).rounds;
         if rounds.is_multiple_of(COLLECT_ROUNDS) {
@@ -317,6 +293,39 @@ impl Work {
         Ok(())
     }
 
+    /// Does what the ladders want, disk by disk. Each gives its room back before the next needs some; where little is left all the
+    /// same, the next round begins at once, and history goes for it.
+    fn thin_each(&mut self, disks: &[DiskId], doubtful: &BTreeMap<DiskId, bool>) -> Result<(), Ending> {
+        for disk in disks {
+            if self.is_short() {
+                *lock(&self.shared.wanted) = true;
+                break;
+            }
+            let Thinned { done, why, .. } = self.thin_all(*disk, Pressure::None)?;
+            self.tell(*disk, why, doubtful);
+            if done {
+                self.remove_segments_of(*disk);
+            }
+        }
+        Ok(())
+    }
+
+    /// Tells why history of a disk stays, if it does.
+    fn tell(&self, disk: DiskId, why: Option<String>, doubtful: &BTreeMap<DiskId, bool>) {
+        match why {
+            None if doubtful.contains_key(&disk) => {}
+            None => {
+                lock(&self.shared.status).errors.remove(&disk);
+            }
+            Some(why) => {
+                let before = lock(&self.shared.status).errors.insert(disk, why.clone());
+                if before.as_ref() != Some(&why) {
+                    tracing::warn!(%disk, why, "old history stays");
+                }
+            }
+        }
+    }
+
     /// Locks go by how long the store has been open.
     fn note_time(&self) {
         match self.policies.note_time() {
@@ -324,62 +333,6 @@ impl Work {
             Ok(Some(jump)) => tracing::warn!(jump, "locks last longer"),
             Err(why) => tracing::warn!(why, "locks last longer, their time cannot be noted"),
         }
-    }
-
-    fn look_at_the_room(&mut self) -> Pressure {
-        let low = self.low();
-        let free = match self.shelf.storage.free_space() {
-            Ok(free) => free,
-            // A store that has gone is told of elsewhere.
-            Err(_) => return Pressure::None,
-        };
-        let growth = self.forecast.look(self.started.elapsed(), free, self.shelf.space_floor);
-        let why = (free.0 < low).then(|| {
-            let then = match (self.settings.on_full, self.held()) {
-                (OnFull::Refuse, _) => "new data is refused when it is full".to_owned(),
-                (OnFull::Shrink, None) => match self.policies.locked_disks() {
-                    0 => "the oldest history goes".to_owned(),
-                    1 => "the oldest history goes, where it may: 1 disk is locked as a whole".to_owned(),
-                    disks => format!("the oldest history goes, where it may: {disks} disks are locked as a whole"),
-                },
-                (OnFull::Shrink, Some(disk)) => format!(
-                    "history of disk {disk} that was given up is still there: mounts or other readers hold it \
-                     (`backtide mount` lists the mounts); no more goes until it is gone"
-                ),
-            };
-            format!("the store is nearly full: {free} bytes are free, below {low}; {then}")
-        });
-        let mut status = lock(&self.shared.status);
-        if let (Some(why), None) = (&why, &status.low) {
-            tracing::warn!(why, "little room");
-        }
-        status.low = why;
-        status.growth = growth;
-        if status.low.is_some() && self.settings.on_full == OnFull::Shrink {
-            Pressure::Shrink
-        } else {
-            Pressure::None
-        }
-    }
-
-    fn low(&self) -> u64 {
-        self.settings.low_bytes.0.max(self.shelf.space_floor.0)
-    }
-
-    fn left_of(&self, disk: DiskId) -> ByteCount {
-        self.left.as_ref().and_then(|left| left.get(&disk)).copied().unwrap_or_default()
-    }
-
-    /// The disk whose history went last for want of room, while that has not given its room.
-    fn held(&self) -> Option<DiskId> {
-        self.shrunk_last.filter(|disk| self.left_of(*disk).0 > 0)
-    }
-
-    /// Making images stops when less than this is free: new data goes first. A store with little room gives some of
-    /// that, since images are what lets history go.
-    fn room_to_leave(&self, free: ByteCount) -> ByteCount {
-        let (low, floor) = (self.low(), self.shelf.space_floor.0);
-        ByteCount(if free.0 >= low { low } else { floor + (low - floor) / 4 })
     }
 
     /// The disks whose logs are in use, or damaged: those wait for their agents, and grow old meanwhile.

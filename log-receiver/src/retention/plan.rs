@@ -11,9 +11,12 @@ use backtide_units::{CaptureTime, Lsn};
 
 mod damaged;
 mod ended;
+mod shrink;
 
 pub(crate) use damaged::before_damage;
 pub(crate) use ended::{first_point, plan_all, plan_ended, plan_readable};
+use shrink::fewer;
+pub(crate) use shrink::oldest_that_goes;
 
 use super::ladder::{Ladder, Span};
 
@@ -67,8 +70,8 @@ impl Plan {
 pub(crate) enum Pressure {
     /// It has.
     None,
-    /// It has not: half of the time of which everything is kept goes, whatever the ladder says, and so do the oldest single
-    /// points beyond the most that there can be.
+    /// It has not: half of the single points go, the oldest, whatever the ladder says; where there are none, half of the time of
+    /// which everything is kept, and with that the oldest single points beyond the most that there can be.
     Shrink,
 }
 
@@ -116,6 +119,9 @@ fn plan_within(
 ) -> Result<Option<Plan>, PlanError> {
     let base = snapshot.base();
     let old: Vec<TimedLsn> = base.iter().flat_map(|base| base.kept()).map(|kept| kept.at).collect();
+    if let Some(plan) = fewer(&old, pins).filter(|_| pressure == Pressure::Shrink) {
+        return Ok(Some(plan));
+    }
     let old_floor = base.and_then(Base::floor).map(|floor| floor.at);
     let fold = match horizon(snapshot, ladder, now, pressure) {
         Some(horizon) => {
@@ -149,7 +155,7 @@ fn standing(
 ) -> Result<Vec<TimedLsn>, PlanError> {
     let stands = |two: &&[TimedLsn]| {
         pins.contains_key(&two[0].lsn)
-            || ladder.any.is_none()
+            || (ladder.any.is_none() && pressure == Pressure::None)
             || is_wanted(ladder, two[0].time, two[1].time, now)
     };
     let mut kept: Vec<TimedLsn> = points.windows(2).filter(stands).map(|two| two[0]).collect();

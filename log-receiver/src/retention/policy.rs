@@ -14,7 +14,7 @@ use std::{
     },
 };
 
-use backtide_recovery::{Doubt, time_text};
+use backtide_recovery::Doubt;
 use backtide_storage::{Storage, replace_file};
 use backtide_units::{ByteCount, CaptureTime, DiskId, Lsn};
 use serde::{Deserialize, Serialize};
@@ -54,6 +54,8 @@ pub(crate) struct Policy {
     pub(crate) holds: BTreeMap<String, Pin>,
     /// From when on every change was left when older history went for want of room, the last time.
     pub(crate) shrunk: Option<CaptureTime>,
+    /// The newest single point that went for want of room.
+    pub(crate) dropped: Option<CaptureTime>,
 }
 
 impl Policy {
@@ -96,6 +98,8 @@ struct DiskFile {
     held: BTreeMap<String, Pin>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     shrunk: Option<CaptureTime>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    dropped: Option<CaptureTime>,
 }
 
 impl DiskFile {
@@ -113,6 +117,7 @@ impl DiskFile {
             locked: policy.locks.points.iter().map(locked).collect(),
             held: policy.holds.clone(),
             shrunk: policy.shrunk,
+            dropped: policy.dropped,
         }
     }
 
@@ -123,7 +128,7 @@ impl DiskFile {
             locked.map(|file| (file.lsn, LockedPoint { time: file.time, lock: file.lock })).collect();
         let pins = self.keep.into_iter().map(|pin| (pin.lsn, pin.time)).collect();
         let locks = Locks { all: self.all_locked, points };
-        Ok(Policy { ladder, pins, locks, holds: self.held, shrunk: self.shrunk })
+        Ok(Policy { ladder, pins, locks, holds: self.held, shrunk: self.shrunk, dropped: self.dropped })
     }
 }
 
@@ -232,23 +237,6 @@ impl Policies {
         }
         let own = self.seen().get(&disk).and_then(|policy| policy.ladder.clone());
         own.unwrap_or_else(|| self.default.clone())
-    }
-
-    /// What a person should know of a disk whose history went for want of room, as long as that is shorter than its ladder
-    /// promises: how much was promised, and how much is left.
-    pub(crate) fn shortened(&self, disk: DiskId, now: CaptureTime) -> Option<String> {
-        let since = self.of(disk).shrunk?;
-        let left = Span(now.0.saturating_sub(since.0));
-        let promised = self.ladder(disk).any;
-        if promised.is_some_and(|promised| promised.0 <= left.0) {
-            return None;
-        }
-        let promised = promised.map_or_else(|| "for ever".to_owned(), |promised| format!("for {promised}"));
-        Some(format!(
-            "the store was nearly full, history that its retention promises is gone: every change was to be kept \
-             {promised}, and those since {} are left",
-            time_text(since)
-        ))
     }
 
     /// Changes what is wanted of a disk, durably; blocks.
@@ -487,5 +475,6 @@ pub(crate) fn damage_of(storage: &dyn Storage) -> Option<String> {
     read(storage).err()
 }
 
+mod shortened;
 #[cfg(test)]
 mod tests;

@@ -36,11 +36,12 @@ impl Service {
     }
 
     /// Whether there is little room, or none: as it is now, not as it was when retention looked last.
-    fn little_room(&self, free: ByteCount, looked_at: Option<String>) -> Option<String> {
+    fn little_room(&self, free: ByteCount, looked_at: Option<String>, stuck: bool) -> Option<String> {
         let floor = self.space_floor;
         if self.is_full(free) {
             let until = match self.on_full {
                 OnFull::Refuse => "there is room",
+                OnFull::Shrink if stuck => "there is room, and no more history can go",
                 OnFull::Shrink => "the oldest history has made room",
             };
             return Some(format!(
@@ -76,7 +77,7 @@ impl Service {
     pub(super) fn alarms(&self, facts: &[DiskFacts], free: Option<ByteCount>) -> Vec<String> {
         let mut alarms: Vec<String> = self.watch.check().err().into_iter().collect();
         let keeper = self.keeper.status();
-        let low = free.and_then(|free| self.little_room(free, keeper.low));
+        let low = free.and_then(|free| self.little_room(free, keeper.low, keeper.stuck));
         alarms.extend(low.into_iter().chain(self.policies.damage()).chain(keeper.error).chain(keeper.apart));
         for facts in facts {
             let name = facts.name.as_ref().map_or_else(|| facts.id.to_string(), ToString::to_string);

@@ -36,6 +36,10 @@ pub(crate) enum Fault {
     SegmentsUnlistable,
     /// Reserving space panics.
     ReservationsPanic,
+    /// So much room is left from the moment on in which a base is written.
+    RoomGoesWithABase(ByteCount),
+    /// So little room is left.
+    LittleRoom(ByteCount),
 }
 
 #[derive(Debug)]
@@ -103,7 +107,9 @@ impl Faulty {
             | Fault::OverlaysFail
             | Fault::DisksUnlistable
             | Fault::SegmentsUnlistable
-            | Fault::ReservationsPanic => Ok(()),
+            | Fault::ReservationsPanic
+            | Fault::RoomGoesWithABase(_)
+            | Fault::LittleRoom(_) => Ok(()),
         }
     }
 
@@ -145,6 +151,13 @@ impl Storage for Faulty {
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        let mut state = self.state.0.lock().unwrap();
+        if let (Fault::RoomGoesWithABase(left), Some("base")) =
+            (state.fault, to.extension().and_then(|end| end.to_str()))
+        {
+            state.fault = Fault::LittleRoom(left);
+        }
+        drop(state);
         self.memory.rename(from, to)
     }
 
@@ -173,7 +186,9 @@ impl Storage for Faulty {
             | Fault::OverlaysFail
             | Fault::DisksUnlistable
             | Fault::SegmentsUnlistable
-            | Fault::ReservationsPanic => false,
+            | Fault::ReservationsPanic
+            | Fault::RoomGoesWithABase(_)
+            | Fault::LittleRoom(_) => false,
         };
         if fails {
             return Err(io::Error::other("injected failure of a directory sync"));
@@ -190,6 +205,9 @@ impl Storage for Faulty {
     }
 
     fn free_space(&self) -> io::Result<ByteCount> {
+        if let Fault::LittleRoom(left) = self.state.0.lock().unwrap().fault {
+            return Ok(left);
+        }
         self.memory.free_space()
     }
 

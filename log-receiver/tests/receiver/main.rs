@@ -17,6 +17,7 @@ mod folding;
 mod forget;
 mod forget_failing;
 mod going_back;
+mod little_room;
 mod locks;
 mod mending;
 mod mounts_in_use;

@@ -1,5 +1,4 @@
-//! Gives room back: segments that logs do without and no reader has, and what no image has any more. Remembers what history
-//! went for want of it.
+//! Gives room back: segments that logs do without and no reader has, and what no image has any more.
 //!
 //! Invariant: no image goes unless the base of every log was read, also of one whose directory is away, for nobody else knows
 //! which there are.
@@ -13,8 +12,8 @@ use backtide_images::Root;
 use backtide_recovery::{Apart, Elsewhere, FoundBase, remove_unused};
 use backtide_units::{ByteCount, DiskId};
 
-use super::{Ending, Work, lock};
-use crate::{Shelf, disk::chain, disks::DISKS, retention::every_change_from};
+use super::{Work, lock};
+use crate::{Shelf, disk::chain, disks::DISKS};
 
 impl Work {
     /// Removes segments and chunks that nobody has.
@@ -103,14 +102,12 @@ impl Work {
         Ok(())
     }
 
-    /// Remembers from when on every change of a disk is left.
-    pub(super) fn note_shrunk(&self, disk: DiskId) -> Result<(), Ending> {
-        let left = self.all_logs(disk)?.and_then(|snapshot| every_change_from(&snapshot));
-        let Some(left) = left else { return Ok(()) };
-        if let Err(why) = self.policies.change(disk, |policy| policy.shrunk = Some(left.time)) {
-            tracing::warn!(%disk, %why, "it is not remembered that history went for want of room");
+    /// Removes the segments of a disk's logs that nobody has. What stands against it is told at the end of the round.
+    pub(super) fn remove_segments_of(&self, disk: DiskId) {
+        let Ok(numbers) = self.shelf.numbers(disk) else { return };
+        for number in numbers {
+            let _ = self.remove_segments(&Shelf::dir(disk, number), &mut Vec::new());
         }
-        Ok(())
     }
 
     /// The directories of all logs, whether or not they are in use.

@@ -165,7 +165,7 @@ impl Work {
     }
 
     /// Says what has gone.
-    pub(super) fn told(&self, log: Folded<'_>, plan: &Plan) {
+    pub(super) fn told(&mut self, log: Folded<'_>, plan: &Plan) {
         let (segments, bytes) = match plan.fold {
             Some((fold, _)) => (fold.segments, fold.bytes.0),
             None if plan.ends => (log.snapshot.segment_count(), log.snapshot.segment_bytes().0),
@@ -173,6 +173,7 @@ impl Work {
         };
         let (disk, older) = (log.disk, log.ended.map(|(number, _)| number));
         tracing::info!(%disk, older, segments, bytes, kept = plan.kept.len(), dropped = plan.dropped.len(), "old history thinned");
+        self.dropped_last = self.dropped_last.max(plan.dropped.last().map(|point| point.time));
     }
 
     /// The plan for a log, as far as its images can be made: of one of which an index is damaged, what lies before that. To find

@@ -11,8 +11,8 @@ use backtide_recovery::{Base, LogError, Snapshot, TimedLsn};
 use backtide_units::{CaptureTime, Lsn};
 
 use super::{
-    KEPT_MAX, Ladder, Plan, PlanError, Pressure, Reach, before_damage, every_change_from, horizon, nearer,
-    new_points, plan, standing,
+    KEPT_MAX, Ladder, Plan, PlanError, Pressure, Reach, before_damage, every_change_from, fewer, horizon,
+    nearer, new_points, plan, standing,
 };
 
 /// What the ladder wants done at `now` to a log that stands alone and has ended, `next` being the first point behind it; none
@@ -30,6 +30,10 @@ pub(crate) fn plan_ended(
 ) -> Result<Option<Plan>, PlanError> {
     let base = snapshot.base();
     let old: Vec<TimedLsn> = base.iter().flat_map(|base| base.images()).map(|kept| kept.at).collect();
+    let single: Vec<TimedLsn> = base.iter().flat_map(|base| base.kept()).map(|kept| kept.at).collect();
+    if let Some(plan) = fewer(&single, pins).filter(|_| pressure == Pressure::Shrink) {
+        return Ok(Some(plan));
+    }
     if base.is_some_and(Base::is_ended) {
         return ending(&old, old.clone(), next, (ladder, pins), (now, pressure));
     }
