@@ -85,6 +85,11 @@ impl Acknowledgements {
         Some(first || needs.any(|durable| durable))
     }
 
+    /// Whether an answer waits for the receiver.
+    pub(crate) fn waits_for_receiver(&self) -> bool {
+        !self.waiting.is_empty()
+    }
+
     /// Answers that wait for the receiver, or for their delay to be over.
     pub(crate) fn waiting(&self) -> usize {
         self.waiting.len() + self.delayed.len()

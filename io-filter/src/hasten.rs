@@ -65,6 +65,19 @@ impl Filter {
         }
     }
 
+    /// Whether what there is to send may stay here for a moment, so that it goes out along with what follows: it is little,
+    /// and nobody waits for it.
+    pub fn may_gather(&self) -> bool {
+        let Link::Up { asked, heard, .. } = &self.link else { return false };
+        let nobody_waits = !asked.wanted && heard.is_none() && !self.acknowledgements.waits_for_receiver();
+        let roomy = self.window.retained_bytes().0 < self.settings.window_bytes.0 / WINDOW_PART;
+        self.mode == Mode::Sync
+            && nobody_waits
+            && roomy
+            && self.recalled.is_empty()
+            && self.window.has_little_unsent()
+    }
+
     /// Whether to ask now, before anything else is sent, and whether to hear of what is durable.
     pub(crate) fn next_hasten(&self) -> Option<bool> {
         let Link::Up { next_seq, durable, asked, .. } = &self.link else { return None };

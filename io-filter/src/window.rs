@@ -66,6 +66,10 @@ pub(crate) struct Window {
     pub(crate) spill: Spilled,
 }
 
+/// More than that is worth a write to the stream of its own.
+const LITTLE_ENTRIES: usize = 32;
+const LITTLE_BYTES: u64 = 128 << 10;
+
 /// What an acknowledgement took out of the window.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Acknowledged {
@@ -151,6 +155,17 @@ impl Window {
         self.sent < end
             && !self.is_held(self.sent)
             && self.spill.in_flight_max.is_none_or(|limit| self.in_flight_bytes < limit)
+    }
+
+    /// Whether what has not been sent is a few changes and flushes of the guest and no more.
+    pub(crate) fn has_little_unsent(&self) -> bool {
+        let unsent = self.entries.len() - self.sent;
+        let is_guests =
+            |entry: &Entry| matches!(&entry.item, Item::Kept(Message::Record(_) | Message::Flush { .. }));
+        unsent <= LITTLE_ENTRIES
+            && !self.spill.has_gap()
+            && self.entries.range(self.sent..).all(is_guests)
+            && self.entries.range(self.sent..).map(|entry| entry.cost).sum::<u64>() <= LITTLE_BYTES
     }
 
     /// Whether frames are out that may still be acknowledged, or could be sent if there were room.

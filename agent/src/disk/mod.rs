@@ -14,6 +14,7 @@ pub(crate) mod engine;
 mod export;
 mod flush_turns;
 mod forgotten;
+mod gathering;
 mod handle;
 pub(crate) mod hydrating;
 mod image_disk;

@@ -25,6 +25,7 @@ use super::{
     Terms,
     dial::Dialer,
     engine::{Engine, Kick, add},
+    gathering::{GATHERED, gather_until},
     retry::{RETRY_FIRST, Retry},
 };
 
@@ -337,7 +338,9 @@ impl Stream {
 
     async fn write_all(&self, writer: &mut (impl AsyncWrite + Unpin)) -> io::Error {
         let mut batch: Vec<([u8; FRAME_HEADER_BYTES], Bytes)> = Vec::with_capacity(BATCH_FRAMES);
+        let mut next = Instant::now();
         loop {
+            self.wait_for_more(next).await;
             self.gather(&mut batch);
             if batch.is_empty() {
                 self.engine.send.notified().await;
@@ -349,7 +352,14 @@ impl Stream {
             }
             self.writing.set(false);
             batch.clear();
+            next = Instant::now() + GATHERED;
         }
+    }
+
+    /// Gathers what may wait, until then.
+    async fn wait_for_more(&self, then: Instant) {
+        let may_wait = || self.engine.look(|filter| !filter.has_to_send() || filter.may_gather());
+        gather_until(then, &self.engine.send, may_wait).await;
     }
 
     /// Takes frames from the filter until a write is worth its while or there are none.

@@ -3,9 +3,10 @@
 use std::time::Duration;
 
 use backtide_io_filter::{
-    AckPolicy, Change, Effect, Filter, IoId, LocalData, Mode, Now, OnOutage, RequestId, Resume, Settings,
+    AckPolicy, Change, Effect, Filter, IoId, LocalData, Mode, Now, OnOutage, RequestId, Resume, ResyncKind,
+    Settings,
 };
-use backtide_protocol::{Message, ReceiverState};
+use backtide_protocol::{Message, Ping, ReceiverState};
 use backtide_tracking::DirtyBitmap;
 use backtide_units::{ByteCount, ByteOffset, ByteRange, CaptureTime, LogPosition, Lsn};
 use bytes::Bytes;
@@ -228,6 +229,77 @@ fn who_takes_the_disk_away_waits_for_all_of_it() {
     assert_eq!(disk.sent(), ["ask durable"]);
     disk.acknowledge();
     assert!(disk.filter.is_drained());
+}
+
+#[test]
+fn little_that_nobody_waits_for_may_be_gathered() {
+    let mut disk = Disk::in_sync(AckPolicy::Local);
+    let waits = |disk: &Disk| (disk.filter.has_to_send(), disk.filter.may_gather());
+    disk.write();
+    disk.flush();
+    assert_eq!(waits(&disk), (true, true));
+    for _ in 2..32 {
+        disk.write();
+    }
+    assert_eq!(waits(&disk), (true, false), "as much as is worth a write of its own");
+    disk.sent();
+    disk.acknowledge();
+    disk.write();
+    assert_eq!(waits(&disk), (true, true));
+    disk.filter.mark(now(), "here").unwrap();
+    assert_eq!(waits(&disk), (true, false), "a person waits for a mark");
+    disk.sent();
+    disk.write();
+    disk.filter.hasten();
+    assert_eq!(waits(&disk), (true, false), "somebody takes the disk away");
+    disk.sent();
+    disk.acknowledge();
+    disk.write();
+    disk.filter.disconnected(now());
+    assert!(!disk.filter.may_gather());
+    disk.filter.connected(now(), &welcome(ReceiverState::Known, disk.filter.acked_durable()));
+    assert_eq!(waits(&disk), (true, true));
+    disk.filter.receive(now(), Message::Ping(Ping { sent: Some(CaptureTime(1)), heard: None }));
+    assert_eq!(waits(&disk), (true, false), "the receiver measures how long an answer takes");
+}
+
+#[test]
+fn a_window_that_fills_is_not_filled_by_gathering() {
+    let mut disk = Disk::in_sync(AckPolicy::Local);
+    for _ in 0..64 {
+        disk.write();
+        disk.sent();
+    }
+    disk.write();
+    assert!(disk.filter.has_to_send() && !disk.filter.may_gather());
+}
+
+#[test]
+fn what_a_guest_waits_for_is_not_gathered() {
+    for ack in [AckPolicy::Received, AckPolicy::DurableEveryWrite] {
+        let mut disk = Disk::in_sync(ack);
+        disk.write();
+        assert!(disk.filter.has_to_send() && !disk.filter.may_gather(), "{ack:?}");
+    }
+    let mut disk = Disk::in_sync(AckPolicy::Durable);
+    disk.write();
+    assert!(disk.filter.may_gather(), "a guest waits for flushes only");
+    let (_, io) = disk.begin(Change::Flush);
+    assert!(!disk.filter.may_gather(), "from their beginning");
+    disk.sent();
+    disk.filter.local_done(now(), io, Ok(LocalData::Changed));
+    assert!(disk.filter.has_to_send() && !disk.filter.may_gather());
+}
+
+#[test]
+fn what_a_resync_sends_is_not_gathered() {
+    let mut disk = Disk::in_sync(AckPolicy::Local);
+    disk.filter.force_resync(now(), ResyncKind::Full);
+    let scan = |effect| if let Effect::Scan(io) = effect { Some(io) } else { None };
+    let scan = disk.effects().into_iter().find_map(scan).expect("a scan was asked for");
+    disk.filter.scanned(now(), scan, &DirtyBitmap::new());
+    disk.write();
+    assert!(disk.filter.has_to_send() && !disk.filter.may_gather());
 }
 
 #[test]
