@@ -212,9 +212,34 @@ impl Engine {
         }
     }
 
+    /// Whether this is a flush to be done on this thread: a client waits for it and for nothing else, and two threads that
+    /// have to be woken would take as long as the device.
+    fn flushes_here(&self, op: &LocalOp) -> bool {
+        matches!(op, LocalOp::Change(Change::Flush))
+            && self.polling.is_for_one()
+            && self.local.flushes_at_once().is_some()
+    }
+
+    fn flush_soon(self: &Rc<Self>, op: LocalOp, purpose: Purpose) {
+        let engine = Rc::clone(self);
+        tokio::task::spawn_local(async move {
+            // First whatever else is due: answers of before, and what the receiver is to hear.
+            tokio::task::yield_now().await;
+            match engine.local.flushes_at_once().filter(|_| engine.polling.is_for_one()) {
+                Some(image) => engine.local_ended(purpose, image.flush_here()),
+                None => engine.begin_local(op, purpose),
+            }
+            engine.carry_out();
+        });
+    }
+
     /// Has the disk behind do something. What follows from its end is to be carried out by the caller
     /// when it ends at once.
     fn start_local(self: &Rc<Self>, op: LocalOp, purpose: Purpose) {
+        if self.flushes_here(&op) { self.flush_soon(op, purpose) } else { self.begin_local(op, purpose) }
+    }
+
+    fn begin_local(self: &Rc<Self>, op: LocalOp, purpose: Purpose) {
         if let Purpose::Filter(io) = purpose {
             self.local.note_far_read(&op, || self.filter.borrow_mut().read_is_far(io));
         }

@@ -6,7 +6,7 @@
 //! blocking pool where that is forbidden. What only the pool can do (zeroes; parts of a device's
 //! block, which are read, changed and written back) goes there with either.
 
-use std::{io, sync::Arc, time::Instant};
+use std::{cell::Cell, io, sync::Arc, time::Instant};
 
 use backtide_export::{BlockSizes, Extent};
 use backtide_io_filter::{Change, IoFailure, LocalData, LocalOp, Prepared, ReadUse};
@@ -15,7 +15,7 @@ use backtide_units::{ByteOffset, ByteRange};
 use bytes::{Buf, Bytes};
 
 use super::{
-    inline_writes::InlineWrites,
+    at_once::{AtOnce, SLOW_FLUSH, SLOW_WRITE},
     local::{Began, Purpose, failure},
     ring::RingDisk,
 };
@@ -28,6 +28,9 @@ const LONG_COPY: u64 = 64 << 10;
 /// socket holds meanwhile.
 const PIECE_BYTES: usize = 256 << 10;
 
+/// As much may have changed for a flush to be a matter of the device's speed alone, in bytes.
+const LITTLE: u64 = 1 << 20;
+
 /// A raw image or block device on its disk's thread.
 pub(crate) struct ImageDisk {
     image: Arc<ImageFile>,
@@ -35,7 +38,10 @@ pub(crate) struct ImageDisk {
     ring: Option<RingDisk>,
     /// Why there is no ring.
     why: Option<String>,
-    writes: InlineWrites,
+    writes: AtOnce,
+    flushes: AtOnce,
+    /// What changed since the last flush began, in bytes.
+    unflushed: Cell<u64>,
 }
 
 /// Why an image cannot be served.
@@ -56,7 +62,14 @@ impl ImageDisk {
                 Err(error) => (None, Some(format!("io_uring cannot be used: {error}"))),
             },
         };
-        Ok(Self { image, ring, why, writes: InlineWrites::default() })
+        Ok(Self {
+            image,
+            ring,
+            why,
+            writes: AtOnce::new(SLOW_WRITE),
+            flushes: AtOnce::new(SLOW_FLUSH),
+            unflushed: Cell::new(0),
+        })
     }
 
     pub(crate) fn image(&self) -> &Arc<ImageFile> {
@@ -78,8 +91,34 @@ impl ImageDisk {
         BlockSizes { minimum, preferred: minimum.max(ours.preferred), ..ours }
     }
 
+    /// Whether a flush would probably be done sooner on this thread than elsewhere.
+    pub(crate) fn flushes_at_once(&self) -> bool {
+        let stuck = |now| self.ring.as_ref().is_some_and(|ring| ring.is_stuck(now));
+        self.unflushed.get() <= LITTLE && self.flushes.is_allowed(Instant::now, stuck)
+    }
+
+    /// A flush on this thread.
+    pub(crate) fn flush_here(&self) -> Result<LocalData, IoFailure> {
+        self.unflushed.set(0);
+        let began = Instant::now();
+        let flushed = self.image.sync();
+        self.flushes.took(began, Instant::now());
+        flushed.map(|()| LocalData::Changed).map_err(failure)
+    }
+
+    fn note_unflushed(&self, op: &LocalOp) {
+        match op {
+            LocalOp::Change(Change::Write { range, .. } | Change::Zero { range, .. }) => {
+                self.unflushed.set(self.unflushed.get().saturating_add(range.count().0));
+            }
+            LocalOp::Change(Change::Flush) | LocalOp::Settle => self.unflushed.set(0),
+            LocalOp::Read(_) => {}
+        }
+    }
+
     /// Does it, or begins it; gives back what has to be [`run`](Self::run).
     pub(crate) fn begin(&self, op: LocalOp, purpose: Purpose) -> Began {
+        self.note_unflushed(&op);
         if self.is_long_read(&op, &purpose) || self.is_long_write(&op) {
             return Began::Later(op, purpose);
         }
@@ -355,6 +394,23 @@ mod tests {
             assert!(is_written(&path));
             assert!(!disk.writes_at_once(), "it was the slow piece that ended it");
         }
+    }
+
+    #[tokio::test]
+    async fn only_flushes_of_little_on_a_fast_device_are_done_at_once() {
+        let directory = tempfile::tempdir().unwrap();
+        let (_, disk) = disk(&directory, IoEngine::Auto);
+        assert!(disk.flushes_at_once());
+        assert!(done(&disk, write(0, &[1; 4096])).await.0.is_ok());
+        assert!(disk.flushes_at_once());
+        assert!(done(&disk, long(&disk)).await.0.is_ok());
+        assert!(!disk.flushes_at_once(), "there is more to write than a moment's");
+        assert!(done(&disk, LocalOp::Change(Change::Flush)).await.0.is_ok());
+        assert!(disk.flushes_at_once());
+        assert_eq!(disk.flush_here(), Ok(LocalData::Changed));
+        let began = Instant::now();
+        disk.flushes.took(began, began + Duration::from_secs(3600));
+        assert!(!disk.flushes_at_once(), "the last one was slow");
     }
 
     #[tokio::test]

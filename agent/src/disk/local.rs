@@ -10,7 +10,9 @@ use backtide_units::{ByteCount, ByteRange};
 use rustix::io::Errno;
 
 pub(crate) use super::image_disk::blocking;
-use super::{hydrating::HydratingDisk, medium::Medium, nbd_disk::NbdDisk, ring::RingDisk};
+use super::{
+    hydrating::HydratingDisk, image_disk::ImageDisk, medium::Medium, nbd_disk::NbdDisk, ring::RingDisk,
+};
 
 /// The disk behind.
 pub(crate) enum Local {
@@ -116,6 +118,14 @@ impl Local {
     pub(crate) async fn stop(&self) {
         if let Self::Hydrating(disk) = self {
             disk.stop().await;
+        }
+    }
+
+    /// The image whose flush would probably be done sooner on this thread than elsewhere.
+    pub(crate) fn flushes_at_once(&self) -> Option<&ImageDisk> {
+        match self {
+            Self::Whole(Medium::Image(image)) => Some(&**image).filter(|image| image.flushes_at_once()),
+            Self::Whole(Medium::Nbd(_)) | Self::Hydrating(_) => None,
         }
     }
 

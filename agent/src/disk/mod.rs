@@ -4,6 +4,7 @@
 //! guest's side, [`local`] the disk behind, [`medium`] what it lies on, [`image_disk`] and [`nbd_disk`] its kinds, [`stream`] the way
 //! to the receiver, [`status`] what can be told of it all.
 
+mod at_once;
 mod beside;
 pub(crate) mod claim;
 mod clientele;
@@ -20,7 +21,6 @@ pub(crate) mod hydrating;
 mod image_disk;
 mod in_place;
 mod incomplete;
-mod inline_writes;
 mod leaving;
 mod life;
 pub(crate) mod local;
@@ -31,6 +31,7 @@ mod open;
 mod past_agent;
 mod polling;
 mod refused;
+mod rest;
 mod retry;
 mod ring;
 mod saving;

@@ -30,6 +30,8 @@ use std::{
 
 use tokio::sync::Notify;
 
+use super::rest::Rests;
+
 /// The window of a disk whose waits have become short.
 const WINDOW_FIRST: Duration = Duration::from_micros(8);
 
@@ -40,9 +42,8 @@ const AT_ONCE: Duration = Duration::from_micros(3);
 /// Who was offered the processor and kept it for longer had use for it: this thread is in the way.
 const TAKEN: Duration = Duration::from_micros(250);
 
-/// How long is left off then: at first, and when it happens again and again.
+/// How long is left off then, at first.
 const REST_MIN: Duration = Duration::from_millis(10);
-const REST_MAX: Duration = Duration::from_secs(1);
 
 /// How long a thread keeps its seat that another wants.
 const TURN: Duration = Duration::from_millis(10);
@@ -106,13 +107,12 @@ impl Drop for Seat {
 struct Window {
     max: Duration,
     now: Duration,
-    /// It leaves off until then, after having left off for so long.
-    rest: Option<(Instant, Duration)>,
+    rests: Rests,
 }
 
 impl Window {
     fn new(max: Duration) -> Self {
-        Self { max, now: Duration::ZERO, rest: None }
+        Self { max, now: Duration::ZERO, rests: Rests::new(REST_MIN) }
     }
 
     /// Between an answer and the next request there was so much time.
@@ -129,20 +129,14 @@ impl Window {
 
     /// The processor was offered from `from` to `to`.
     fn offered(&mut self, from: Instant, to: Instant) {
-        if to.saturating_duration_since(from) < TAKEN {
-            return;
+        if to.saturating_duration_since(from) >= TAKEN {
+            self.rests.begin(to);
         }
-        let last = self.rest.filter(|(until, _)| to < *until + REST_MAX);
-        let rest = last.map_or(REST_MIN, |(_, last)| (last * 2).min(REST_MAX));
-        self.rest = Some((to + rest, rest));
     }
 
     /// How long to look for the next event now.
     fn length(&self, now: Instant) -> Duration {
-        match self.rest {
-            Some((until, _)) if now < until => Duration::ZERO,
-            Some(_) | None => self.now,
-        }
+        if self.rests.is_over(now) { self.now } else { Duration::ZERO }
     }
 }
 
@@ -192,6 +186,11 @@ impl Polling {
                 self.soon.notify_one();
             }
         }
+    }
+
+    /// Whether no more than one request is under way.
+    pub(super) fn is_for_one(&self) -> bool {
+        self.under_way.get() <= 1
     }
 
     /// How long the thread has looked in vain, instead of having slept.
@@ -313,22 +312,10 @@ mod tests {
         assert!(before >= us(40));
         window.offered(start, start + TAKEN - us(1));
         assert_eq!(window.length(start), before, "that was nobody");
-        let mut now = start;
-        let mut rests = Vec::new();
-        for _ in 0..9 {
-            window.offered(now, now + TAKEN);
-            now += TAKEN;
-            let began = now;
-            while window.length(now).is_zero() {
-                now += Duration::from_millis(1);
-                assert!(now < began + 2 * REST_MAX, "it does not begin again");
-            }
-            rests.push((now - began).as_millis());
-        }
-        assert_eq!(rests, [10, 20, 40, 80, 160, 320, 640, 1000, 1000]);
-        now += REST_MAX;
-        window.offered(now, now + TAKEN);
-        assert_eq!(window.length(now + TAKEN + REST_MIN), before, "after a while without it is as at first");
+        window.offered(start, start + TAKEN);
+        let left_off = start + TAKEN;
+        assert!(window.length(left_off + REST_MIN - us(1)).is_zero());
+        assert_eq!(window.length(left_off + REST_MIN), before);
     }
 
     #[test]

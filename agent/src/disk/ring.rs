@@ -20,7 +20,7 @@ use std::{
 use backtide_storage::{Completion, ImageFile, Ring, RingOp};
 use tokio::io::{Interest, unix::AsyncFd};
 
-use super::{inline_writes::SLOW, local::Purpose};
+use super::{at_once::SLOW_WRITE, local::Purpose};
 
 /// A disk's ring.
 pub(crate) struct RingDisk {
@@ -92,7 +92,7 @@ impl RingDisk {
 
     /// Whether requests are under way of which none has ended lately.
     pub(crate) fn is_stuck(&self, now: Instant) -> bool {
-        let ended_lately = self.ended.get().is_some_and(|ended| now < ended + SLOW);
+        let ended_lately = self.ended.get().is_some_and(|ended| now < ended + SLOW_WRITE);
         !ended_lately && self.ring.borrow().under_way() > 0
     }
 
