@@ -71,7 +71,7 @@ pub(crate) enum Queued {
     Verify(VerifyRun),
 }
 
-/// A change that holds its range and waits for old content to be copied.
+/// A change that holds its range and waits for old content to be copied, or told.
 #[derive(Clone, Debug)]
 pub(crate) struct CopyWait {
     request: RequestId,
@@ -176,11 +176,12 @@ impl Filter {
     pub(crate) fn begin_hot_change(&mut self, request: RequestId, change: Change, asked: Arrival) {
         let range = change.range().expect("flushes take no range");
         let blocks = BlockRange::touched_by(range);
-        self.tell_zeroes_before_change(blocks);
-        let needed = self.copy_needed(blocks);
         let deadline = asked.at + self.settings.guest_delay_max;
         let wait = CopyWait { request, change, blocks, asked, since: self.now.monotonic, deadline };
-        match needed {
+        if !self.tell_zeroes_before_change(blocks, deadline) {
+            return self.waiting_for_buffer.push_back(wait);
+        }
+        match self.copy_needed(blocks) {
             None => self.start_change(wait),
             Some(_) if deadline <= self.now.monotonic => self.forfeit_and_start(wait),
             // Every block taken out of its middle makes it larger, and a copy would take one out.
@@ -296,7 +297,11 @@ impl Filter {
             }
         }
         while let Some(wait) = self.waiting_for_buffer.front() {
-            let needed = self.copy_needed(wait.blocks);
+            let (blocks, deadline) = (wait.blocks, wait.deadline);
+            if !self.tell_zeroes_before_change(blocks, deadline) {
+                return;
+            }
+            let needed = self.copy_needed(blocks);
             if needed.is_some_and(|hull| !self.buffer_has_room(hull)) {
                 return;
             }

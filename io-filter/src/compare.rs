@@ -1,7 +1,7 @@
 //! Asking the receiver which blocks differ, so that only those travel: in a pass whose blocks are
 //! mere candidates, and for the verify.
 
-use std::collections::VecDeque;
+use std::{collections::VecDeque, time::Duration};
 
 use backtide_protocol::{
     Compare, CompareItem, CompareResult, Content, Data, Message,
@@ -21,6 +21,8 @@ use crate::{
 pub(crate) struct PendingCompare {
     /// The chunks, in the question's order, with their content at T; none for zeroes.
     chunks: Vec<(ByteRange, Option<Bytes>)>,
+    /// Whether they are zeroes that nobody has read.
+    of_holes: bool,
 }
 
 /// The longest stretch of zeroes in one item.
@@ -32,8 +34,12 @@ const TELL_BLOCKS: u64 = 256;
 /// Questions about zeroes under way at once.
 const ZEROES_PENDING_MAX: usize = 8;
 
-/// What a question takes in memory without its chunks, about.
+/// What a question takes in memory without its chunks, about, and each of them without its content.
 const QUESTION_BYTES: u64 = 256;
+const CHUNK_BYTES: u64 = (size_of::<(ByteRange, Option<Bytes>)>() + size_of::<CompareItem>()) as u64;
+
+/// No change asks about zeroes while questions about them take so much.
+const HOLE_BYTES_MAX: u64 = 4 << 20;
 
 impl PendingCompare {
     /// What was asked about.
@@ -43,8 +49,11 @@ impl PendingCompare {
 
     /// What it takes in memory: here, and in the question until that is acknowledged.
     fn memory_bytes(&self) -> u64 {
-        let items = self.chunks.len() * (size_of::<(ByteRange, Option<Bytes>)>() + size_of::<CompareItem>());
-        QUESTION_BYTES + items as u64 + self.held_bytes()
+        QUESTION_BYTES + self.chunks.len() as u64 * CHUNK_BYTES + self.held_bytes()
+    }
+
+    fn hole_bytes(&self) -> u64 {
+        if self.of_holes { self.memory_bytes() } else { 0 }
     }
 
     fn held_bytes(&self) -> u64 {
@@ -90,7 +99,7 @@ impl Filter {
             chunks.push((item.range, held));
         }
         debug_assert_eq!(at, bytes.len(), "the items describe the run");
-        let pending = PendingCompare { chunks };
+        let pending = PendingCompare { chunks, of_holes: false };
         pass.moving += pending.held_bytes();
         self.ask(items, pending);
     }
@@ -113,18 +122,44 @@ impl Filter {
         }
     }
 
-    /// A change is about to end the zeroes of these blocks: the receiver is told of them first.
-    pub(crate) fn tell_zeroes_before_change(&mut self, blocks: BlockRange) {
-        let Some(pass) = self.pass.as_ref().filter(|pass| pass.phase == Phase::Draining) else { return };
-        if pass.zeroes.touches(blocks) {
-            // And of those around them: single blocks taken out would make the bitmap large.
-            let (first, end) = (blocks.start().0 / TELL_BLOCKS, blocks.end().0.div_ceil(TELL_BLOCKS));
-            let end = (end * TELL_BLOCKS).min(self.all_blocks().end().0);
-            let blocks = BlockRange::between(BlockIndex(first * TELL_BLOCKS), BlockIndex(end));
-            let runs: Vec<BlockRange> = pass.zeroes.runs(blocks, ZEROES_RUN_MAX).collect();
+    /// A change is about to end the zeroes of these blocks: the receiver is told of them first. Says whether the change may
+    /// go ahead: there may be no room for that now. Of one that has waited its time the blocks are read for the pass after
+    /// it, which gives no point at T then.
+    pub(crate) fn tell_zeroes_before_change(&mut self, blocks: BlockRange, deadline: Duration) -> bool {
+        let Some(pass) = self.pass.as_ref().filter(|pass| pass.phase == Phase::Draining) else { return true };
+        if !pass.zeroes.touches(blocks) {
+            return true;
+        }
+        // And of those around them: single blocks taken out would make the bitmap large.
+        let (first, end) = (blocks.start().0 / TELL_BLOCKS, blocks.end().0.div_ceil(TELL_BLOCKS));
+        let end = (end * TELL_BLOCKS).min(self.all_blocks().end().0);
+        let blocks = BlockRange::between(BlockIndex(first * TELL_BLOCKS), BlockIndex(end));
+        let runs: Vec<BlockRange> = pass.zeroes.runs(blocks, ZEROES_RUN_MAX).collect();
+        let has_room = pass.hole_bytes < HOLE_BYTES_MAX && self.window.has_places();
+        if has_room {
             for some in runs.chunks(COMPARE_ITEMS_MAX) {
                 self.ask_about_zero_runs(some);
             }
+        } else if pass.forfeited || deadline <= self.now.monotonic {
+            self.forfeit();
+            self.read_instead(&runs);
+        } else {
+            return false;
+        }
+        true
+    }
+
+    /// Blocks that were zeroes at T are drained as what they are by then.
+    fn read_instead(&mut self, runs: &[BlockRange]) {
+        let pass = self.pass.as_mut().expect("the caller has one");
+        assert!(pass.forfeited, "they are not what they were at T");
+        for run in runs {
+            pass.zeroes.remove(*run);
+            pass.active.insert(*run);
+        }
+        if pass.active.exceeds_bound() {
+            // It may have taken more than those.
+            pass.zeroes.subtract(&pass.active);
         }
     }
 
@@ -137,13 +172,14 @@ impl Filter {
         let ranges = || runs.iter().map(|run| run.bytes(size));
         let items = ranges().map(|range| CompareItem { range, content: Content::Zeroes }).collect();
         let chunks = ranges().map(|range| (range, None)).collect();
-        self.ask(items, PendingCompare { chunks });
+        self.ask(items, PendingCompare { chunks, of_holes: true });
     }
 
     fn ask(&mut self, items: Vec<CompareItem>, pending: PendingCompare) {
         let id = self.take_compare_id();
         let pass = self.pass.as_mut().expect("only a pass compares");
         pass.compare_bytes += pending.memory_bytes();
+        pass.hole_bytes += pending.hole_bytes();
         pass.compares.insert(id, pending);
         let at = pass.at;
         self.window.push(Message::Compare(Compare { id, at, items }));
@@ -168,7 +204,7 @@ impl Filter {
         let pending = pass.compares.remove(&result.id).expect("its question was found");
         let at = pass.at;
         let mut differing: VecDeque<u32> = result.differing.into();
-        let (held, memory) = (pending.held_bytes(), pending.memory_bytes());
+        let (held, memory, holes) = (pending.held_bytes(), pending.memory_bytes(), pending.hole_bytes());
         let (mut equal, mut moved) = (0, 0);
         for (index, (range, bytes)) in (0u32..).zip(pending.chunks) {
             if differing.front() == Some(&index) {
@@ -182,6 +218,7 @@ impl Filter {
         }
         let pass = self.pass.as_mut().expect("its question was found");
         pass.compare_bytes -= memory;
+        pass.hole_bytes -= holes;
         pass.moving = pass.moving + moved - held;
         self.counters.resync_bytes_equal += equal;
         self.retry_copies();

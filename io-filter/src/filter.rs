@@ -476,6 +476,9 @@ impl Filter {
     pub(crate) fn pump(&mut self) {
         self.reads_overdue = false;
         self.begin_pass_if_due();
+        if !self.waiting_for_buffer.is_empty() {
+            self.retry_copies();
+        }
         self.drain();
         self.end_pass_if_drained();
         self.go_on_verifying();

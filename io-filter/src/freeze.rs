@@ -212,6 +212,7 @@ impl Filter {
             given_up: DirtyBitmap::new(),
             compares: BTreeMap::new(),
             compare_bytes: 0,
+            hole_bytes: 0,
             reading_bytes: 0,
             started: self.now.monotonic,
             total,

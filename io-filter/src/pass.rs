@@ -54,8 +54,9 @@ pub(crate) struct Pass {
     pub(crate) given_up: DirtyBitmap,
     /// Comparisons the receiver has not answered.
     pub(crate) compares: BTreeMap<u64, PendingCompare>,
-    /// Bytes held for those comparisons.
+    /// Bytes held for those comparisons, and of those what is held for zeroes that nobody has read.
     pub(crate) compare_bytes: u64,
+    pub(crate) hole_bytes: u64,
     /// Bytes being read for the drain or copied before a write.
     pub(crate) reading_bytes: u64,
     pub(crate) started: Duration,
