@@ -393,6 +393,7 @@ impl Filter {
         if !self.is_forwarding() {
             let news = self.passive.insert(blocks);
             self.note_changed(news.bytes());
+            self.note_written(&change);
             return lsn;
         }
         if self.pass.is_none() && self.passive_zeroes.touches(blocks) {

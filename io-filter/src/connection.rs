@@ -442,7 +442,8 @@ impl Filter {
                 self.acked_in_pass = true;
             }
             Acknowledged::PassEnd(at, valid_from) => {
-                self.acked_in_pass = false;
+                // Without a point at its end what follows is none either, up to the end of the next pass.
+                self.acked_in_pass = valid_from.is_none();
                 if valid_from.is_some() {
                     self.durable_lsn = self.acked_durable;
                 }

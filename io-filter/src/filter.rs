@@ -307,8 +307,9 @@ impl Filter {
     /// Whether a mark now is going to name a recovery point.
     pub fn can_mark(&self) -> bool {
         // What is forwarded beside a pass that was forfeited is for the points behind its end, which it says when it is drained.
-        let forfeited = |pass: &Pass| pass.forfeited && pass.phase == Phase::Draining;
-        self.is_forwarding() && !self.pass.as_ref().is_some_and(forfeited)
+        let offers_none =
+            |pass: &Pass| !pass.given_up.is_empty() || (pass.forfeited && pass.phase == Phase::Draining);
+        self.is_forwarding() && !self.pass.as_ref().is_some_and(offers_none)
     }
 
     /// The last LSN given.
@@ -459,6 +460,9 @@ impl Filter {
             Mode::Sync => {}
             Mode::Tracking | Mode::Resync => self.suspend_verify(),
             Mode::Paused | Mode::Detached => self.interrupt_verify(),
+        }
+        if from == Mode::Sync && matches!(to, Mode::Tracking | Mode::Paused) {
+            self.name_hole(reason);
         }
         if to != Mode::Sync {
             // A pass that is due must not wait for what will not be written any more.

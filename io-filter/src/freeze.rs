@@ -4,11 +4,11 @@ use std::{collections::BTreeMap, time::Duration};
 
 use backtide_protocol::Message;
 use backtide_tracking::DirtyBitmap;
-use backtide_units::{BlockIndex, ByteCount, Reason};
+use backtide_units::{BlockIndex, BlockRange, ByteCount, Reason};
 
 use crate::{
     capture::Ongoing,
-    event::{Effect, IoId, Now},
+    event::{Change, Effect, IoId, Now},
     filter::{Filter, Mode},
     mutant::Mutant,
     pass::{NewWrites, Pass, Phase},
@@ -284,6 +284,15 @@ impl Filter {
         )));
     }
 
+    /// A change was made while nothing is forwarded: once all that could not be read was written the next pass need not wait.
+    pub(crate) fn note_written(&mut self, change: &Change) {
+        let Some(range) = change.range().filter(|_| !self.unreadable.is_empty()) else { return };
+        self.unreadable.remove(BlockRange::covered_by(range, self.settings.size));
+        if self.unreadable.is_empty() {
+            self.next_pass = None;
+        }
+    }
+
     /// When the next pass may begin, if that lies ahead.
     pub(crate) fn pause_between_passes(&self) -> Option<Duration> {
         self.next_pass.map(|(at, _)| at).filter(|at| *at > self.now.monotonic)
@@ -305,11 +314,16 @@ impl Filter {
         self.gathering_total = gathered.then_some(pass.total);
         self.activity.want_snapshot();
         self.note_given_up(&pass.given_up);
+        // What somebody asked for meanwhile begins in sync, as it does when it is asked for there: nothing is missing.
+        let asked_for = self.lost.take_if(|plan| plan.reason == Reason::Forced);
         if pass.new_writes == NewWrites::Forwarded && self.lost.is_none() && self.passive.is_empty() {
             self.slow = false;
             self.received_lsn = self.received_lsn.max(self.durable_lsn);
-            return self.enter(Mode::Sync, None);
+            self.enter(Mode::Sync, None);
+            self.lost = asked_for;
+            return;
         }
+        self.lost = self.lost.take().or(asked_for);
         let reason = match (&self.lost, pass.new_writes) {
             (Some(plan), _) => plan.reason,
             _ if !pass.given_up.is_empty() => Reason::LocalReadFailed,

@@ -166,6 +166,19 @@ impl Filter {
         self.refused
     }
 
+    /// A hole begins, for this reason: whatever was asked for before and has not begun is part of what closes it.
+    pub(crate) fn name_hole(&mut self, reason: Option<Reason>) {
+        let Some(reason) = reason else { return };
+        let scanning = self.scanning.as_mut().map(|scanning| &mut scanning.plan);
+        for plan in self.lost.as_mut().into_iter().chain(scanning) {
+            plan.reason = reason;
+        }
+        // Its blocks are among those that the receiver lacks.
+        self.spill.pass_wanted = None;
+        // Should the agent die in it, the next one has to know.
+        self.activity.want_snapshot();
+    }
+
     /// Why what the receiver lacks is a hole, also while the disk is paused.
     pub(crate) fn why_hole(&self) -> Option<Reason> {
         self.before_pause.or(self.reason)

@@ -135,7 +135,15 @@ impl Filter {
         let lasting = self.pace.rate().map_or(rate, |held| rate.min(held.0));
         let pass_ends_in = time_for(pass.total.0.saturating_sub(settled.0), lasting);
         let sync_in = match pass.new_writes {
-            NewWrites::Forwarded => pass_ends_in,
+            // Another one follows, of how much is not known, or after a pause.
+            _ if self.lost.is_some() || !pass.given_up.is_empty() => None,
+            NewWrites::Forwarded => {
+                let failed = self.passive.count().bytes().0;
+                pass_ends_in.and_then(|ends| match failed {
+                    0 => Some(ends),
+                    failed => Some(ends + time_for(failed, lasting)?),
+                })
+            }
             NewWrites::Coalesced => pass_ends_in.and_then(|ends| {
                 // Each pass is as much smaller than the one before as the guest is slower than it.
                 let shrinks = rate.checked_sub(guest)?;

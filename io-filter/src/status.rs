@@ -78,8 +78,10 @@ pub struct PassStatus {
     pub forwarding: bool,
     /// Whether blocks are compared before they are sent.
     pub compare: bool,
-    /// Whether T is lost as a recovery point.
+    /// Whether T is lost as a recovery point, to a change that could not wait.
     pub forfeited: bool,
+    /// Whether it goes without blocks that could not be read, and ends without any point.
+    pub incomplete: bool,
     /// Blocks that are still to be read: only ever fewer.
     pub left: BlockCount,
     /// Bytes delivered or found equal.
@@ -211,6 +213,7 @@ impl Filter {
             forwarding: pass.new_writes == NewWrites::Forwarded,
             compare: pass.compare,
             forfeited: pass.forfeited,
+            incomplete: !pass.given_up.is_empty(),
             left: pass.active.count(),
             done: pass.settled(),
             total: pass.total,

@@ -342,7 +342,7 @@ fn resync(pass: &PassStatus, passes: u64, ends: bool) -> ResyncStatus {
         held_to: pass.held_to,
         reason: pass.reason.to_string(),
         reason_code: code(pass.reason),
-        point_recoverable: !pass.forfeited,
+        point_recoverable: !pass.forfeited && !pass.incomplete,
     }
 }
 

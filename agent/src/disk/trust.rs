@@ -132,6 +132,8 @@ pub(crate) fn resume(
         return lost(reason);
     }
     let clean = record.ended_cleanly(&loaded);
+    // A hole that was there tells why it began, whatever ended the agent in it.
+    let hole = loaded.snapshot.saved.reason.filter(|reason| *reason != Reason::Detached);
     let grown = grown(record.size, size);
     let saved = loaded.snapshot.saved;
     if clean && grown.is_none() {
@@ -148,7 +150,7 @@ pub(crate) fn resume(
         let (history, last_lsn, acked_durable) = (saved.history, saved.last_lsn, saved.acked_durable);
         let acked_position = saved.acked_position;
         return Resume::Crashed {
-            reason: Reason::Resized,
+            reason: hole.unwrap_or(Reason::Resized),
             history,
             last_lsn,
             acked_durable,
@@ -158,7 +160,7 @@ pub(crate) fn resume(
     }
     tracing::info!(%disk, blocks = %candidates.count(), "the agent ended without a clean detach: these blocks are compared");
     Resume::Crashed {
-        reason: Reason::AgentCrashed,
+        reason: hole.unwrap_or(Reason::AgentCrashed),
         history: record.history,
         last_lsn: given.max(saved.last_lsn),
         acked_durable: record.acked_durable.max(saved.acked_durable),

@@ -3,13 +3,15 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use backtide_io_filter::{Effect, Filter, IoFailure, LocalData, LocalOp, Now, Resume, Settings};
+use backtide_io_filter::{
+    Effect, Filter, IoFailure, LocalData, LocalOp, Mode, Now, RequestId, Resume, Settings,
+};
 use backtide_protocol::{Message, ReceiverState};
 use backtide_tracking::DirtyBitmap;
-use backtide_units::{BlockRange, ByteCount, ByteRange, CaptureTime, LogPosition, Lsn};
+use backtide_units::{BlockRange, ByteCount, ByteOffset, ByteRange, CaptureTime, LogPosition, Lsn};
 use bytes::Bytes;
 
-use crate::common::{settings, welcome};
+use crate::common::{settings, welcome, write};
 
 const BLOCKS: u64 = 64 * 256;
 
@@ -64,6 +66,14 @@ impl Disk {
                 return;
             }
         }
+    }
+
+    fn write(&mut self, block: u64) {
+        self.filter.submit(now(self.clock), RequestId(block), write(block));
+        let local = |effect| if let Effect::Local(io, _) = effect { Some(io) } else { None };
+        let io = std::iter::from_fn(|| self.filter.next_effect()).find_map(local).expect("a local write");
+        self.filter.local_done(now(self.clock), io, Ok(LocalData::Changed));
+        self.go_on();
     }
 
     /// Time passes, until then or until the first pass has ended.
@@ -145,4 +155,32 @@ fn so_many_blocks_wait_to_be_tried_again_and_no_more_and_all_come_to_their_end()
         most = most.max(waiting);
     }
     assert!((1000..1032).contains(&most), "{most} blocks");
+}
+
+#[test]
+fn nobody_is_told_when_a_disk_is_in_sync_of_which_a_block_was_given_up() {
+    let all = DirtyBitmap::of(BlockRange::from(0..BLOCKS));
+    let half = ByteOffset(BLOCKS / 2 * 4096);
+    let bad = BlockRange::from(0..1).bytes(DISK);
+    let mut disk = Disk::in_a_pass(&all, move |_, range| range.overlaps(bad) || range.end() > half);
+    let incomplete = |disk: &mut Disk| {
+        disk.pass_until(disk.clock + seconds(1));
+        disk.filter.status().pass.filter(|pass| pass.incomplete)
+    };
+    let pass = (1..60).find_map(|_| incomplete(&mut disk)).expect("half of it cannot be read yet");
+    assert_eq!(pass.speed.sync_in, None, "there will be another one, after a pause");
+}
+
+#[test]
+fn a_guest_that_writes_what_could_not_be_read_need_not_wait_for_the_next_pass() {
+    let of = DirtyBitmap::of(BlockRange::from(3..5));
+    let mut disk = Disk::in_a_pass(&of, |_, _| true);
+    disk.pass_until(seconds(1000));
+    assert_eq!(disk.filter.status().unreadable.expect("two").0.0, 2);
+    disk.is_bad = Box::new(|_, _| false);
+    disk.write(3);
+    assert_eq!(disk.filter.status().unreadable.expect("one is left").0.0, 1);
+    assert_eq!(disk.filter.mode(), Mode::Tracking);
+    disk.write(4);
+    assert_eq!((disk.filter.status().unreadable, disk.filter.mode()), (None, Mode::Sync));
 }

@@ -12,20 +12,20 @@ use backtide_units::{BlockIndex, BlockRange, ByteCount, HistoryId, LogPosition, 
 
 use crate::common::{HISTORY, at, saved_in_sync, settings, welcome, write};
 
-struct Disk {
-    filter: Filter,
+pub(super) struct Disk {
+    pub(super) filter: Filter,
     requests: u64,
     /// The last frame of the connection.
-    last: u64,
+    pub(super) last: u64,
     /// The reasons of the passes that were sent.
-    passes: Vec<Reason>,
+    pub(super) passes: Vec<Reason>,
     /// Reads of the local disk fail, each time at once.
-    unreadable: bool,
+    pub(super) unreadable: bool,
 }
 
 impl Disk {
     /// In sync, with a window of two blocks.
-    fn in_sync() -> Self {
+    pub(super) fn in_sync() -> Self {
         let window_bytes = ByteCount(2 * 4096);
         let settings = Settings { window_bytes, read_retry: Duration::ZERO, ..settings() };
         let filter = Filter::new(settings, Resume::New, at(0));
@@ -43,7 +43,7 @@ impl Disk {
         self.carry_out();
     }
 
-    fn reconnect(&mut self) {
+    pub(super) fn reconnect(&mut self) {
         self.connect(ReceiverState::Known, self.filter.acked_durable());
     }
 
@@ -67,7 +67,7 @@ impl Disk {
     }
 
     /// Sends what there is, which the receiver does not acknowledge.
-    fn send(&mut self) {
+    pub(super) fn send(&mut self) {
         while let Some((seq, message)) = self.filter.poll_send(at(0)) {
             self.last = seq;
             if let Message::PassBegin { reason, .. } = message {
@@ -77,28 +77,28 @@ impl Disk {
         }
     }
 
-    fn acknowledge(&mut self) {
+    pub(super) fn acknowledge(&mut self) {
         let (received, durable) = (self.last, self.last);
         self.filter.receive(at(0), Message::Ack { received, durable, position: LogPosition::default() });
         self.carry_out();
     }
 
     /// The receiver takes everything.
-    fn settle(&mut self) {
+    pub(super) fn settle(&mut self) {
         for _ in 0..8 {
             self.send();
             self.acknowledge();
         }
     }
 
-    fn write(&mut self, block: u64) {
+    pub(super) fn write(&mut self, block: u64) {
         self.requests += 1;
         let change: Change = write(block);
         self.filter.submit(at(0), RequestId(self.requests), change);
         self.carry_out();
     }
 
-    fn overflow(&mut self) {
+    pub(super) fn overflow(&mut self) {
         (0..4).for_each(|block| self.write(block));
     }
 }

@@ -6,6 +6,7 @@ mod delay_bound;
 mod failing_disk;
 mod found_by_simulation;
 mod hasten;
+mod holes;
 mod interruptions;
 mod places;
 mod questions;

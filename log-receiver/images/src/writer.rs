@@ -141,7 +141,18 @@ impl Images {
         let images = self.clone();
         let packs = Recent::new(self.shared.limits.open_packs_max.max(1));
         let (pack, begun, others) = (None, Vec::new(), RoaringBitmap::new());
-        Ok(ImageWriter { images, pack, numbers: writing, next_pack, begun, known, packs, others, encoder, written })
+        Ok(ImageWriter {
+            images,
+            pack,
+            numbers: writing,
+            next_pack,
+            begun,
+            known,
+            packs,
+            others,
+            encoder,
+            written,
+        })
     }
 }
 

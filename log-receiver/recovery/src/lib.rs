@@ -34,7 +34,8 @@ mod touched;
 mod view;
 
 pub use base::{
-    Apart, BASE_MAGIC, Base, Doubt, Elsewhere, FoundBase, KeptPoint, forget_bases, inspect_base, settle_closed, sync_names,
+    Apart, BASE_MAGIC, Base, Doubt, Elsewhere, FoundBase, KeptPoint, forget_bases, inspect_base,
+    settle_closed, sync_names,
 };
 pub use cache::{CacheLimits, LogCache};
 pub use check::{Checked, damaged_place};

@@ -61,8 +61,7 @@ impl Elsewhere {
         going: &[PathBuf],
     ) -> Result<Vec<Apart>, LogError> {
         let going: Vec<String> = going.iter().map(|dir| flat(dir)).collect();
-        let known: BTreeSet<String> =
-            logs.iter().map(|dir| format!("{}.base", flat(dir))).collect();
+        let known: BTreeSet<String> = logs.iter().map(|dir| format!("{}.base", flat(dir))).collect();
         let mut apart = Vec::new();
         for name in self.0 {
             if known.contains(&name) || going.iter().any(|dir| is_below(&name, dir)) {
