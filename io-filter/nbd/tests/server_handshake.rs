@@ -10,6 +10,7 @@ use wire::{info, option as code, option_reply as reply};
 fn only_error(answers: &[(u32, Vec<u8>)]) -> u32 {
     assert_eq!(answers.len(), 1, "one error is one answer: {answers:?}");
     assert!(!answers[0].1.is_empty(), "an error says why");
+    assert!(answers[0].1.len() <= 4096 && str::from_utf8(&answers[0].1).is_ok(), "a string of NBD");
     answers[0].0
 }
 
@@ -90,6 +91,7 @@ fn refused_options_leave_the_handshake_usable() {
         (code::GO, go("disk", &[])[..9].to_vec(), reply::ERR_INVALID),
         (code::GO, [go("disk", &[3]), vec![0]].concat(), reply::ERR_INVALID),
         (code::GO, go(&long, &[]), reply::ERR_TOO_BIG),
+        (code::GO, go(&"\u{1}".repeat(4096), &[]), reply::ERR_UNKNOWN),
         (code::GO, [&[0, 0, 0, 1, 0xff][..], &[0, 0]].concat(), reply::ERR_INVALID),
         (code::INFO, go("nope", &[]), reply::ERR_UNKNOWN),
         (code::LIST, vec![1], reply::ERR_INVALID),
@@ -179,6 +181,7 @@ fn block_status_needs_its_context_chosen_for_the_same_export() {
     assert!(!chosen("disk", Some(&contexts("disk", &[]))), "nothing was asked for");
     assert!(!chosen("disk", Some(&[1, 2])), "a malformed choice forgets the last one");
     assert!(!chosen("disk", Some(&contexts("nope", &["base:allocation"]))));
+    assert!(!chosen("disk", Some(&[0; 40_000])), "one that is too long to be read");
 }
 
 #[test]

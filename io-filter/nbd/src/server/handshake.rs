@@ -16,7 +16,7 @@
 
 use bytes::{BufMut, BytesMut};
 
-use super::option::{self, Options, Refusal, put_reply};
+use super::option::{self, Options, Refusal, put_refusal, put_reply};
 use crate::wire::{self, handshake_flag, magic, option_reply};
 use crate::{ExportInfo, ExportSummary, Intake, ProtocolError, ReplyStyle};
 
@@ -245,7 +245,11 @@ impl Handshake {
                 return Ok(Step::Closed);
             }
             let refusal = self.closed_to(code, catalog).unwrap_or_else(|| too_long(code, length));
-            put_reply(out, code, refusal.reply, refusal.text.as_bytes());
+            if code == wire::option::SET_META_CONTEXT {
+                // As any that fails: nothing is chosen any more.
+                self.options.forget_contexts();
+            }
+            put_refusal(out, code, &refusal);
             self.state = State::Skip { remaining: data_length };
             return Ok(Step::Answered);
         }
@@ -292,7 +296,7 @@ impl Handshake {
             if code == wire::option::EXPORT_NAME {
                 return Err(ProtocolError::ExportNameRefused(refusal.text));
             }
-            put_reply(out, code, refusal.reply, refusal.text.as_bytes());
+            put_refusal(out, code, &refusal);
             return Ok(Step::Answered);
         }
         let answered = match code {
@@ -318,7 +322,7 @@ impl Handshake {
             unknown => Err(unknown_option(unknown)),
         };
         if let Err(refusal) = answered {
-            put_reply(out, code, refusal.reply, refusal.text.as_bytes());
+            put_refusal(out, code, &refusal);
         }
         Ok(Step::Answered)
     }

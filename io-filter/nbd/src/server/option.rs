@@ -225,6 +225,11 @@ impl Options {
         Ok(())
     }
 
+    /// A SET_META_CONTEXT was refused before it was read.
+    pub(super) fn forget_contexts(&mut self) {
+        self.chosen = None;
+    }
+
     fn context_queries(&self, mut data: &[u8], catalog: &dyn Catalog) -> Result<Queries, Refusal> {
         if self.style == ReplyStyle::Simple {
             return Err(Refusal::invalid("metadata contexts need structured replies first"));
@@ -330,6 +335,11 @@ pub(super) fn put_reply(out: &mut BytesMut, option: u32, reply: u32, data: &[u8]
     out.put_u32(reply);
     out.put_u32(data.len() as u32);
     out.put_slice(data);
+}
+
+/// Appends a refusal of an option.
+pub(super) fn put_refusal(out: &mut BytesMut, option: u32, refusal: &Refusal) {
+    put_reply(out, option, refusal.reply, cut(&refusal.text));
 }
 
 /// A text no longer than the specification allows.
