@@ -84,6 +84,7 @@ pub(crate) async fn serve_until(
         }
         if connection.phase == Phase::Leaving || connection.is_left {
             stop.client_left();
+            connection.seat.iter().for_each(Seat::client_left);
         }
         polled
     };

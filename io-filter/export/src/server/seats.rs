@@ -4,7 +4,8 @@
 //! asked for anything, or for next to nothing and is no writer - no guest does with so little - then, of a process that
 //! has more than half of all places, the client that was silent for longest. Nobody gives way whose request is in flight, or
 //! whose last one was answered a moment ago. All others keep their places, however long they are silent: one may be a guest that
-//! rests, whose disk would be gone with it.
+//! rests, whose disk would be gone with it. Before all of these goes whose client left a while ago, and whose requests do not end: a
+//! device that stands still, or a receiver that is waited for, would be given one place after the other by clients that try again.
 //!
 //! Invariant: there are never more clients than places.
 
@@ -40,7 +41,10 @@ struct Taken {
     asked: AtomicU64,
     is_writer: AtomicBool,
     is_busy: AtomicBool,
-    /// When it came to rest last, or was taken, in milliseconds of [`Seats::began`]. Of one that is busy it says nothing.
+    /// Its client has hung up, or said good-bye, though something it asked for is not done.
+    has_left: AtomicBool,
+    /// When it came to rest or left last, or was taken, in milliseconds of [`Seats::began`]. Of one that is busy and there it says
+    /// nothing.
     used: AtomicU64,
 }
 
@@ -88,6 +92,7 @@ impl Seats {
             asked: AtomicU64::new(0),
             is_writer: AtomicBool::new(false),
             is_busy: AtomicBool::new(false),
+            has_left: AtomicBool::new(false),
             used: AtomicU64::new(self.now()),
         });
         taken.insert(id, Arc::clone(&new));
@@ -104,7 +109,8 @@ impl Seats {
 
     /// Who gives way to a client of `process`.
     fn leaver(&self, taken: &BTreeMap<u64, Arc<Taken>>, process: Option<u32>) -> Option<u64> {
-        self.idler(taken).or_else(|| self.of_many(taken, process))
+        let gone = || self.longest(taken, |seat| seat.has_left.load(Ordering::Relaxed));
+        gone().or_else(|| self.idler(taken)).or_else(|| self.of_many(taken, process))
     }
 
     /// Of those that only sit there, who did so for longest.
@@ -132,7 +138,7 @@ impl Seats {
     fn longest(&self, taken: &BTreeMap<u64, Arc<Taken>>, which: impl Fn(&Taken) -> bool) -> Option<u64> {
         let before = self.now().checked_sub(millis(self.patience))?;
         let gives_way = |seat: &Taken| {
-            !seat.is_busy.load(Ordering::Acquire)
+            (!seat.is_busy.load(Ordering::Acquire) || seat.has_left.load(Ordering::Acquire))
                 && seat.used.load(Ordering::Relaxed) <= before
                 && which(seat)
         };
@@ -150,6 +156,14 @@ impl Seats {
 }
 
 impl Seat {
+    /// Its client is not there any more: what it asked for is done all the same, and nobody hears of it.
+    pub(crate) fn client_left(&self) {
+        if !self.taken.has_left.load(Ordering::Relaxed) {
+            self.taken.used.store(self.seats.now(), Ordering::Relaxed);
+            self.taken.has_left.store(true, Ordering::Release);
+        }
+    }
+
     /// Its client has asked for something, or has been answered.
     pub(crate) fn note(&self, used: Use) {
         let Use { asked, is_writer, is_busy } = used;
@@ -219,6 +233,26 @@ mod tests {
         assert_eq!(seats.clear_one(), Some(5));
         drop((writer, fifth));
         assert!(seats.has_room(None));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_has_left_gives_way_though_something_it_asked_for_does_not_end() {
+        let seats = Seats::new(2, PATIENCE);
+        let busy = Use { asked: 1000, is_writer: true, is_busy: true };
+        let [gone, there] = [1, 2].map(|id| seats.take(id, None).unwrap().0);
+        gone.note(busy);
+        there.note(busy);
+        tokio::time::advance(PATIENCE * 2).await;
+        assert!(!seats.has_room(None));
+        gone.client_left();
+        assert!(!seats.has_room(None), "it may hear of it yet");
+        tokio::time::advance(PATIENCE / 2).await;
+        gone.client_left();
+        tokio::time::advance(PATIENCE / 2).await;
+        let (third, evicted) = seats.take(3, None).unwrap();
+        assert_eq!(evicted, Some(1));
+        third.note(busy);
+        assert!(seats.take(4, None).is_none());
     }
 
     #[tokio::test(start_paused = true)]
