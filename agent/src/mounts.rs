@@ -92,7 +92,7 @@ enum Order {
 /// Why the agent ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Leaving {
-    /// Clients are told.
+    /// The next one, whenever that is, serves these clients.
     ForGood,
     /// Another one serves these clients at once.
     HandedOver,

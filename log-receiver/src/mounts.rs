@@ -216,7 +216,7 @@ impl Table {
         let writers = &self.serving.writers;
         let ends: Vec<_> = mounted
             .into_values()
-            .map(|mounted| tokio::task::spawn_local(mounted.end(writers.clone())))
+            .map(|mounted| tokio::task::spawn_local(mounted.leave(writers.clone())))
             .collect();
         for end in ends {
             // An error is a task that panicked: its mount is gone too.

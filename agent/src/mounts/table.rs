@@ -161,7 +161,7 @@ impl Table {
             match (leaving, one.served) {
                 (_, None) => {}
                 // Who did not flush was promised nothing.
-                (Leaving::ForGood, Some(served)) => drop(served.end(&one.record.id).await),
+                (Leaving::ForGood, Some(served)) => drop(served.leave(&one.record.id).await),
                 // What was written is in the files, and nobody pulls a plug.
                 (Leaving::HandedOver, Some(served)) => served.server.hand_over(HAND_OVER_GRACE).await,
             }
@@ -368,10 +368,20 @@ impl Served {
     /// Ends it, with as much of what was written durable as can be; else why it is not.
     async fn end(self, id: &str) -> Result<(), String> {
         self.server.shutdown(END_GRACE).await;
-        match self.written {
-            Some(written) => written.end(id).await,
-            None => Ok(()),
-        }
+        end_written(self.written, id).await
+    }
+
+    /// The same until the next agent serves it: to clients that connect again this is a pause and no error.
+    async fn leave(self, id: &str) -> Result<(), String> {
+        self.server.hand_over(END_GRACE).await;
+        end_written(self.written, id).await
+    }
+}
+
+async fn end_written(written: Option<Rc<Written>>, id: &str) -> Result<(), String> {
+    match written {
+        Some(written) => written.end(id).await,
+        None => Ok(()),
     }
 }
 

@@ -2,8 +2,9 @@
 //!
 //! Invariant: nobody who has a mount open loses it by a person who does not know that.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
+use backtide_overlay::Overlay;
 use backtide_receiver_api::{ApiError, ErrorCode, Mount, OverlayFate, UnmountRequest};
 use tokio::time::Instant;
 
@@ -111,22 +112,36 @@ impl Mounted {
         Err(ApiError::new(ErrorCode::Busy, format!("mount {id} is in use: {who}")).with_hint(hint))
     }
 
+    /// Ends it until the receiver is started again. What was written to is served again then, and to clients that connect
+    /// again this is a pause and no error.
+    pub(super) async fn leave(self, writers: Pool) {
+        if self.overlay.is_some() {
+            self.server.hand_over(UNMOUNT_GRACE).await;
+        } else {
+            self.server.shutdown(UNMOUNT_GRACE).await;
+        }
+        let _ = flush(&self.id, self.overlay, writers).await;
+    }
+
     /// Ends it; with a sentence when what was written to it could not be made durable.
     pub(super) async fn end(self, writers: Pool) -> (Mount, Result<(), String>) {
         let description = self.describe();
         self.server.shutdown(UNMOUNT_GRACE).await;
-        let mut flushed = Ok(());
-        if let Some(overlay) = self.overlay {
-            // A client that did not flush was promised nothing; yet what can be kept is kept.
-            flushed = match writers.run(move || overlay.flush()).await {
-                Ok(flushed) => flushed.map_err(|error| chain(&error)),
-                Err(ended) => Err(ended.to_string()),
-            };
-            if let Err(why) = &flushed {
-                tracing::warn!(mount = self.id, why, "cannot flush the mount's overlay");
-            }
-        }
+        let flushed = flush(&self.id, self.overlay, writers).await;
         tracing::info!(mount = self.id, disk = %self.disk.uuid, "unmounted");
         (description, flushed)
     }
+}
+
+/// A client that did not flush was promised nothing; yet what can be kept is kept.
+async fn flush(mount: &str, overlay: Option<Arc<Overlay>>, writers: Pool) -> Result<(), String> {
+    let Some(overlay) = overlay else { return Ok(()) };
+    let flushed = match writers.run(move || overlay.flush()).await {
+        Ok(flushed) => flushed.map_err(|error| chain(&error)),
+        Err(ended) => Err(ended.to_string()),
+    };
+    if let Err(why) = &flushed {
+        tracing::warn!(mount, why, "cannot flush the mount's overlay");
+    }
+    flushed
 }

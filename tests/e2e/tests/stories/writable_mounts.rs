@@ -1,12 +1,51 @@
 //! Points that can be written: a file system made on one, a receiver killed under it.
 
 use backtide_e2e::{
-    Bench,
+    Bench, Load, Reconnecting,
     kernel_disk::{Served, cannot_mount},
     skip, tools,
 };
 
 const SIZE: u64 = 64 << 20;
+
+/// Guests whose requests are under way together, behind a QEMU that connects again.
+fn load_on(guest: &Reconnecting) -> Vec<Load> {
+    (0..4).map(|seed| Load::start(&guest.uri, seed)).collect()
+}
+
+#[test]
+fn to_the_guest_of_a_mount_a_receiver_or_an_agent_that_is_started_again_is_a_pause() {
+    let bench = Bench::new();
+    let (receiver, agent, disk) = bench.protected(SIZE, &[]);
+    disk.qemu_io(&["write -P 0x11 0 1M"]);
+    disk.settle();
+    let [there, here] = ["there.sock", "here.sock"].map(|name| bench.path(name));
+    for (socket, rest) in [(&there, &[][..]), (&here, &["--here"][..])] {
+        let uri = format!("nbd+unix:///vm1?socket={}", socket.display());
+        let mount = ["mount", "vm1", "--at", "latest", "--writable", "--nbd", uri.as_str()];
+        bench.json(&[&mount[..], rest].concat());
+    }
+    let guests = [&there, &here].map(|socket| Reconnecting::before(&bench, "vm1", socket));
+    let [there, here] = [&guests[0], &guests[1]].map(load_on);
+    let go_on = |loads: &[Load]| loads.iter().for_each(|load| load.goes_on(50));
+    go_on(&there);
+    let mut receiver = receiver;
+    for _ in 0..3 {
+        assert_eq!(receiver.stop(), 0);
+        receiver = bench.receiver();
+        go_on(&there);
+    }
+    go_on(&here);
+    let mut agent = agent;
+    for _ in 0..3 {
+        assert_eq!(agent.stop(), 0);
+        agent = bench.agent();
+        go_on(&here);
+    }
+    for load in there.into_iter().chain(here) {
+        load.stop();
+    }
+}
 
 #[test]
 fn what_was_written_to_a_mount_survives_a_killed_receiver_and_no_longer_than_wanted() {
