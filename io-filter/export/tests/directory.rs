@@ -118,7 +118,7 @@ fn the_default_export_is_the_only_one_or_the_one_that_was_chosen() {
 fn a_client_of_an_export_that_is_expected_waits_until_it_is_there() {
     on_a_worker(async {
         let (place, directory) = (Place::new(), Directory::new(""));
-        let front = shared(&place, &directory, Limits::default()).await;
+        let front = shared(&place, &directory, Limits { handshakes: 2, ..Limits::default() }).await;
         directory.expect("disk", &name("disk"));
         let uri = place.uri("disk");
         let client = tokio::task::spawn_local(async move { Client::connect(&uri).await });
@@ -127,9 +127,23 @@ fn a_client_of_an_export_that_is_expected_waits_until_it_is_there() {
         }
         settle().await;
         assert!(!client.is_finished());
+        // Those that wait are in nobody's way, nor in each other's: all of an agent's clients come at once.
+        let mut others = Vec::new();
+        for count in 2..=8 {
+            let uri = place.uri("disk");
+            others.push(tokio::task::spawn_local(async move { Client::connect(&uri).await }));
+            while front.handshakes() < count {
+                tokio::task::yield_now().await;
+                assert!(!client.is_finished(), "it was thrown out for another");
+            }
+            settle().await;
+        }
         let disk = Manual::new("disk");
         let server = offered(&place, &directory, disk.clone(), Limits::default()).await;
         let client = client.await.unwrap().expect("it is there");
+        for other in others {
+            drop(other.await.unwrap().expect("it is there"));
+        }
         // A hand-over closes the connection, and the next server has it: nobody is told that there is no such export.
         let down = tokio::task::spawn_local(server.hand_over(GRACE));
         assert!(client.flush().await.unwrap_err().is_lost());

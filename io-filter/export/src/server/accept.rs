@@ -52,7 +52,13 @@ impl Shared {
     ) {
         let mut connections = self.connections.borrow_mut();
         if export.is_none() {
-            connections.make_room(self.limits.handshakes);
+            let expected = match &self.choice {
+                Choice::Own(..) => 0,
+                Choice::Others(directory) => directory.expected(),
+            };
+            let waiting = expected.saturating_mul(self.limits.connections);
+            connections.make_room(false, self.limits.handshakes);
+            connections.make_room(true, waiting.max(self.limits.handshakes));
         }
         let id = connections.next;
         connections.next += 1;
@@ -96,10 +102,13 @@ impl Connections {
         self.open.iter().filter(|(_, open)| open.export.is_none()).map(|(id, _)| *id)
     }
 
-    /// Makes room for one more handshake, if there are `limit`.
-    fn make_room(&mut self, limit: usize) {
-        let Some(oldest) = self.handshakes().next() else { return };
-        if self.handshakes().count() < limit.max(1) {
+    /// Makes room for one more handshake, if there are `limit`: of those that wait for an export that is expected, or of the
+    /// others. When an agent is started all the clients of its disks wait.
+    fn make_room(&mut self, waiting: bool, limit: usize) {
+        let of_these = |id: &u64| self.open.get(id).is_some_and(|open| open.stop.is_awaiting() == waiting);
+        let mut handshakes = self.handshakes().filter(of_these);
+        let Some(oldest) = handshakes.next() else { return };
+        if handshakes.count() + 1 < limit.max(1) {
             return;
         }
         tracing::debug!(limit, "too many NBD handshakes, dropping the oldest");

@@ -135,6 +135,11 @@ impl Directory {
         entry.offer.as_ref().map(|offer| offer.info.clone())
     }
 
+    /// How many exports are expected that are not there.
+    pub(crate) fn expected(&self) -> usize {
+        self.entries().by_name.values().filter(|entry| entry.offer.is_none()).count()
+    }
+
     /// Whether a client with these rights may use that export, and it is expected and not there.
     pub(crate) fn is_awaited(&self, name: &str, rights: &Rights) -> bool {
         let entries = self.entries();

@@ -72,7 +72,9 @@ async fn handshake(mut stream: Stream, gate: &Gate<'_>) -> Result<Option<Negotia
         match step? {
             Step::Answered => {}
             Step::Awaited => {
+                gate.stop.client_awaits(true);
                 let Some(()) = gate.unless_stopped(changed(&mut changes)).await else { return Ok(None) };
+                gate.stop.client_awaits(false);
             }
             Step::NeedMore => {
                 let mut space = intake.space();

@@ -19,6 +19,8 @@ pub(crate) enum Ending {
 pub(crate) struct Stop {
     requested: Cell<Option<Ending>>,
     notify: Notify,
+    /// The client waits for an export that is expected.
+    awaits: Cell<bool>,
     /// The client has said its last: what it still is owed, nobody needs to wait for.
     left: Cell<bool>,
 }
@@ -38,6 +40,16 @@ impl Stop {
     /// Whether it has.
     pub(crate) fn has_client_left(&self) -> bool {
         self.left.get()
+    }
+
+    /// The client of a handshake begins to wait for an export that is expected, or has waited.
+    pub(crate) fn client_awaits(&self, awaits: bool) {
+        self.awaits.set(awaits);
+    }
+
+    /// Whether it waits.
+    pub(crate) fn is_awaiting(&self) -> bool {
+        self.awaits.get()
     }
 
     /// What was asked, if it was.
